@@ -1,0 +1,7 @@
+"""Fused ops of fastpeft: each with a plain-torch reference, a Triton kernel, a custom op and its gradient."""
+
+from fastpeft_kernels.dispatch import Backend, backend, current_backend
+from fastpeft_kernels.dropout import dropout
+from fastpeft_kernels.lora import lora_add, lora_linear
+
+__all__ = ["Backend", "backend", "current_backend", "dropout", "lora_add", "lora_linear"]

@@ -1,0 +1,123 @@
+"""Dropout whose mask is kept at one bit an element: arXiv:1207.0580.
+
+`draw_mask` is the only op of this package that draws random numbers, and is tagged as seeded, so that activation
+checkpointing and the compiler's recomputation give it the same bits twice. Everything that takes a mask is exact.
+
+Traffic for an M x K tensor: drawing writes MK/8 bytes; forward and backward each read MK/8 and move x once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpeft_kernels import reference
+from fastpeft_kernels.dispatch import use_triton
+
+
+def check_probability(p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout needs a probability p with 0 <= p < 1; got {p}")
+
+
+def dropout_scale(p: float) -> float:
+    """What kept elements are multiplied by: 1 / (probability to keep), so that the expectation is exact."""
+    return reference.KEEP_LEVELS / reference.keep_level(p)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero each element of x with probability p and scale the others by 1 / (1 - p).
+
+    The probability is rounded to a multiple of 2⁻¹⁶, and the scale belongs to the rounded one. Kept for backward: the
+    mask, one bit an element (torch keeps a byte, or a copy in x's dtype on a CPU).
+
+    Args:
+        x: (..., K), any strides; any float dtype of 16, 32 or 64 bits.
+        p: probability to drop, 0 <= p < 1; 0 returns x itself.
+
+    Returns:
+        (..., K) in x's dtype.
+
+    Raises:
+        ValueError: p is outside [0, 1).
+    """
+    check_probability(p)
+    if p == 0.0:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    mask = draw_mask(rows, p)
+    if torch.compiler.is_compiling():
+        return _dropout(rows, mask, dropout_scale(p)).view(x.shape)
+    return _Dropout.apply(rows, mask, dropout_scale(p)).view(x.shape)
+
+
+@torch.library.custom_op("fastpeft::draw_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_mask(x: Tensor, p: float) -> Tensor:
+    return _run_draw_mask(x, p)
+
+
+def _run_draw_mask(x: Tensor, p: float) -> Tensor:
+    if use_triton(x):
+        from fastpeft_kernels.gpu import dropout as gpu  # triton is imported when first needed
+
+        return gpu.draw_mask(*x.shape, p, x.device)
+    return reference.draw_mask(*x.shape, p, x.device)
+
+
+@_draw_mask.register_fake
+def _(x: Tensor, p: float) -> Tensor:
+    return x.new_empty((x.shape[0], reference.mask_words(x.shape[1])), dtype=torch.int32)
+
+
+def draw_mask(x: Tensor, p: float) -> Tensor:
+    """A fresh mask for x of shape (M, K), from torch's generator: (M, ⌈K / 32⌉) int32, each bit 1 with 1 - p.
+
+    Bit j of word w is column 32 w + j; a 1 keeps. Only shape and device of x are read.
+    """
+    return _draw_mask(x, p) if torch.compiler.is_compiling() else _run_draw_mask(x, p)
+
+
+@torch.library.custom_op("fastpeft::dropout", mutates_args=())
+def _dropout(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return _run_dropout(x, mask, scale)
+
+
+def _run_dropout(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    if use_triton(x):
+        from fastpeft_kernels.gpu import dropout as gpu
+
+        return gpu.dropout(x, mask, scale)
+    return reference.dropout(x, mask, scale)
+
+
+@_dropout.register_fake
+def _(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.scale = inputs[2]
+
+
+def _traced_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+    return _dropout(dout, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_dropout.register_autograd(_traced_backward, setup_context=_setup)
+
+
+class _Dropout(torch.autograd.Function):
+    """The same op where nothing is compiled: an autograd.Function costs the host a fraction of a custom op."""
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        return _run_dropout(x, mask, scale)
+
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        return _run_dropout(dout, *ctx.saved_tensors, ctx.scale), None, None

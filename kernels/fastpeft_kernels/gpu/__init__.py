@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one module an op family, imported when an op first runs on a GPU."""

@@ -1,0 +1,285 @@
+"""LoRA linear, out = x Wᵀ + bias + s · drop(x) Aᵀ Bᵀ: arXiv:2106.09685 section 4.1.
+
+`lora_linear` owns the base product; `lora_add` adds the low-rank part onto any base layer's output. W is frozen.
+Kept for backward: x by reference, S = s · drop(x) Aᵀ (M x r), and one bit an element for dropout.
+
+Traffic beyond the frozen linear, 16-bit x, forward + backward: S reads x (2MK), the low-rank part is the C operand of
+the base product (4MN), dS and dB read dout (4MN), dA reads x (2MK), dx's low-rank part is a C operand again (4MK):
+8MK + 8MN, and MK/8 for each of draw, S, dA and dx with dropout.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpeft_kernels import reference
+from fastpeft_kernels.dispatch import use_triton
+from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
+
+
+def lora_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0
+) -> Tensor:
+    """A frozen linear layer with a LoRA pair beside it: x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ.
+
+    Under autocast every operand is cast to autocast's dtype first, as torch's own linear does. fp32 adapters over a
+    16-bit base give gradients of fp32 accuracy.
+
+    Args:
+        x: (..., K), any strides; fp64, fp32, fp16 or bf16.
+        W: (N, K), x's dtype, frozen.
+        bias: (N,) in x's dtype, or None; may be trained.
+        lora_A: (r, K), fp32 or x's dtype.
+        lora_B: (N, r), lora_A's dtype.
+        scaling: factor of the low-rank part.
+        dropout_p: probability to drop an element of x on its way to lora_A, 0 <= p < 1.
+
+    Returns:
+        (..., N) in x's dtype, contiguous. Differentiable in x, bias, lora_A and lora_B, once.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, W is to be trained, or p is outside [0, 1).
+    """
+    x, W, bias, lora_A, lora_B = _autocast(x, W, bias, lora_A, lora_B)
+    _check_pair(x, lora_A, lora_B, N=W.shape[0])
+    if W.ndim != 2 or W.shape[1] != x.shape[-1] or W.dtype != x.dtype:
+        raise ValueError(
+            f"W must be (N, K) = (N, {x.shape[-1]}) of x's dtype {x.dtype}; got {tuple(W.shape)} of {W.dtype}"
+        )
+    if W.requires_grad:
+        raise ValueError("lora_linear has no gradient for W: freeze it, or add the low-rank part with lora_add")
+    if bias is not None and (bias.shape != (W.shape[0],) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be ({W.shape[0]},) of {x.dtype}; got {tuple(bias.shape)} of {bias.dtype}")
+    rows = x.reshape(-1, x.shape[-1])
+    mask, scale = _mask_and_scale(rows, scaling, dropout_p)
+    if torch.compiler.is_compiling():
+        out, _ = _lora_linear(rows, W, bias, lora_A, lora_B, mask, scale)
+    elif torch.is_grad_enabled():
+        out = _LoraLinear.apply(rows, W, bias, lora_A, lora_B, mask, scale)
+    else:
+        out, _ = _run_linear(rows, W, bias, lora_A, lora_B, mask, scale)
+    return out.view(*x.shape[:-1], W.shape[0])
+
+
+def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
+    """out + scaling · drop(x) Aᵀ Bᵀ: the LoRA part of any layer, added onto its base's output.
+
+    Args:
+        out: (..., N), any float dtype; not changed.
+        x: (..., K), any strides; cast to lora_A's dtype unless it is a 16-bit tensor and lora_A is fp32.
+        lora_A: (r, K), any float dtype.
+        lora_B: (N, r), lora_A's dtype.
+        scaling: factor of the low-rank part.
+        dropout_p: probability to drop an element of x on its way to lora_A, 0 <= p < 1.
+
+    Returns:
+        (..., N) in out's dtype, contiguous. Differentiable in all four tensors, once.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or p is outside [0, 1).
+    """
+    x, lora_A, lora_B = _autocast(x, lora_A, lora_B)
+    if not (lora_A.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+        x = x.to(lora_A.dtype)
+    _check_pair(x, lora_A, lora_B, N=out.shape[-1])
+    if out.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"out and x need the same rows; got out {tuple(out.shape)} and x {tuple(x.shape)}")
+    rows, base = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+    mask, scale = _mask_and_scale(rows, scaling, dropout_p)
+    if torch.compiler.is_compiling():
+        result, _ = _lora_add(base, rows, lora_A, lora_B, mask, scale)
+    elif torch.is_grad_enabled():
+        result = _LoraAdd.apply(base, rows, lora_A, lora_B, mask, scale)
+    else:
+        result, _ = _run_add(base, rows, lora_A, lora_B, mask, scale)
+    return result.view(out.shape)
+
+
+def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """The operands as autocast would hand them to a linear layer: 16- and 32-bit floats in its dtype."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+
+
+def _check_pair(x: Tensor, A: Tensor, B: Tensor, N: int) -> None:
+    if A.ndim != 2 or A.shape[1] != x.shape[-1]:
+        raise ValueError(f"lora_A must be (r, K) = (r, {x.shape[-1]}); got {tuple(A.shape)}")
+    if B.shape != (N, A.shape[0]):
+        raise ValueError(f"lora_B must be (N, r) = ({N}, {A.shape[0]}); got {tuple(B.shape)}")
+    if A.dtype != B.dtype or A.dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"lora_A and lora_B must both be float32 or x's dtype {x.dtype}; got {A.dtype} and {B.dtype}")
+
+
+def _mask_and_scale(rows: Tensor, scaling: float, p: float) -> tuple[Tensor | None, float]:
+    check_probability(p)
+    return (None, scaling) if p == 0.0 else (draw_mask(rows, p), scaling * dropout_scale(p))
+
+
+# lora_linear: what runs, the op for the compiler, the function for eager.
+
+
+def _run_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    if use_triton(x):
+        from fastpeft_kernels.gpu import lora as gpu  # triton is imported when first needed
+
+        return gpu.lora_linear(x, W, bias, A, B, mask, scale)
+    return reference.lora_linear(x, W, bias, A, B, mask, scale)
+
+
+def _run_linear_backward(
+    dout: Tensor,
+    x: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):  # backward may be called inside a block of autocast
+        if use_triton(x):
+            from fastpeft_kernels.gpu import lora as gpu
+
+            return gpu.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx)
+        return reference.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx)
+
+
+_lora_linear = torch.library.custom_op("fastpeft::lora_linear", _run_linear, mutates_args=())
+_lora_linear_backward = torch.library.custom_op("fastpeft::lora_linear_backward", _run_linear_backward, mutates_args=())
+
+
+@_lora_linear.register_fake
+def _(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], W.shape[0])), A.new_empty((x.shape[0], A.shape[0]))
+
+
+@_lora_linear_backward.register_fake
+def _(
+    dout: Tensor,
+    x: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape if need_dx else 0), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, W, _, A, B, mask, scale = inputs
+    ctx.save_for_backward(x, W, A, B, output[1], mask)
+    ctx.scale = scale
+
+
+def _linear_gradients(ctx: Any, dout: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+    x, W, A, B, S, mask = ctx.saved_tensors
+    dx, dA, dB = backward(dout, x, W, A, B, S, mask, ctx.scale, ctx.needs_input_grad[0])
+    dbias = dout.sum(0) if ctx.needs_input_grad[2] else None
+    return dx if ctx.needs_input_grad[0] else None, None, dbias, dA, dB, None, None
+
+
+def _traced_linear_backward(ctx: Any, dout: Tensor, _dS: Tensor) -> tuple[Tensor | None, ...]:
+    return _linear_gradients(ctx, dout, _lora_linear_backward)
+
+
+_lora_linear.register_autograd(_traced_linear_backward, setup_context=_setup_linear)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The same op where nothing is compiled: an autograd.Function costs the host a fraction of a custom op."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        outputs = _run_linear(*inputs)
+        _setup_linear(ctx, inputs, outputs)
+        return outputs[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return _linear_gradients(ctx, dout, _run_linear_backward)
+
+
+# lora_add: the same three.
+
+
+def _run_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):  # out may still be wider than autocast's dtype
+        if use_triton(x):
+            from fastpeft_kernels.gpu import lora as gpu
+
+            return gpu.lora_add(out, x, A, B, mask, scale)
+        return reference.lora_add(out, x, A, B, mask, scale)
+
+
+def _run_add_backward(
+    dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        if use_triton(x):
+            from fastpeft_kernels.gpu import lora as gpu
+
+            return gpu.lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
+        return reference.lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
+
+
+_lora_add = torch.library.custom_op("fastpeft::lora_add", _run_add, mutates_args=())
+_lora_add_backward = torch.library.custom_op("fastpeft::lora_add_backward", _run_add_backward, mutates_args=())
+
+
+@_lora_add.register_fake
+def _(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return out.new_empty(out.shape), A.new_empty((x.shape[0], A.shape[0]))
+
+
+@_lora_add_backward.register_fake
+def _(
+    dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape if need_dx else 0), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, x, A, B, mask, scale = inputs
+    ctx.save_for_backward(x, A, B, output[1], mask)
+    ctx.scale = scale
+
+
+def _add_gradients(ctx: Any, dout: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+    x, A, B, S, mask = ctx.saved_tensors
+    dx, dA, dB = backward(dout, x, A, B, S, mask, ctx.scale, ctx.needs_input_grad[1])
+    return dout, dx if ctx.needs_input_grad[1] else None, dA, dB, None, None
+
+
+def _traced_add_backward(ctx: Any, dout: Tensor, _dS: Tensor) -> tuple[Tensor | None, ...]:
+    return _add_gradients(ctx, dout, _lora_add_backward)
+
+
+_lora_add.register_autograd(_traced_add_backward, setup_context=_setup_add)
+
+
+class _LoraAdd(torch.autograd.Function):
+    """`lora_add` where nothing is compiled."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        outputs = _run_add(*inputs)
+        _setup_add(ctx, inputs, outputs)
+        return outputs[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return _add_gradients(ctx, dout, _run_add_backward)
