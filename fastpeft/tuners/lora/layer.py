@@ -1,0 +1,270 @@
+"""The LoRA layer: one base layer, and by adapter name two small factors and a variant that says how they act."""
+
+import math
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.tuners.bases import Base, base_for
+from fastpeft.tuners.lora.variants import LoraVariant, variant_for
+from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
+from fastpeft.utils.auxiliary import BASE, check_batch_size, rows_by_adapter
+from fastpeft.utils.warning import PeftWarning
+
+
+class LoraLayer(nn.Module, BaseTunerLayer):
+    """y = base(x) + scaling · drop(x) Aᵀ Bᵀ, base frozen. arXiv:2106.09685 section 4.1.
+
+    What depends on the kind of base layer is in `base` (fastpeft.tuners.bases), what depends on the method in
+    `variants`. Nothing on the layer changes during a forward.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias", "variants")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, lora_alpha: float, **kwargs: Any
+    ) -> None:
+        """Wrap a base layer and give it a first adapter, which is active.
+
+        Raises:
+            ValueError, NotImplementedError: no such base layer, rank or option; see `check_adapter`.
+        """
+        super().__init__()
+        self.base_layer = base_layer
+        self.base: Base = base_for(self.get_base_layer(), kwargs.get("target_name", ""))
+        self.in_features, self.out_features = self.base.features(self.get_base_layer())
+        self.fan_in_fan_out = self.base.fan_in_fan_out
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict({})
+        self.lora_A = nn.ModuleDict({})
+        self.lora_B = nn.ModuleDict({})
+        self.lora_embedding_A = nn.ParameterDict({})
+        self.lora_embedding_B = nn.ParameterDict({})
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.variants: dict[str, LoraVariant] = {}
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self._active_adapter = [adapter_name]
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    # Adapters.
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
+        """Add an adapter, or make one of that name anew. It is trainable if it is active.
+
+        Args:
+            r: rank; the config's own is overridden by rank_pattern.
+            lora_alpha: numerator of the scaling, likewise.
+            config: a LoraConfig.
+        """
+        check_adapter(self.base, self.get_base_layer(), adapter_name, r, config, kwargs.get("target_name", ""))
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before it is replaced")
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.variants[adapter_name] = variant_for(config)
+        self.scaling[adapter_name] = self._initial_scale(adapter_name)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.base.create_factors(self, adapter_name, r, config.lora_bias)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str | None) -> None:
+        """Draw the factors anew so that the adapter changes nothing: True or "gaussian". False or None leaves them."""
+        if init_lora_weights is False or init_lora_weights is None:
+            return
+        gaussian = isinstance(init_lora_weights, str) and init_lora_weights.lower() == "gaussian"
+        if init_lora_weights is not True and not gaussian:
+            raise ValueError(f'init_lora_weights must be True, False or "gaussian", got {init_lora_weights!r}')
+        self.base.reset_factors(self, adapter_name, gaussian)
+
+    # Scaling.
+
+    def _initial_scale(self, adapter: str) -> float:
+        """alpha / r, or alpha / √r with rank-stabilised LoRA (arXiv:2312.03732)."""
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scaling to `scale` times what its config gave it; pass over one that is not here."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of all active adapters."""
+        for adapter in self._active_here():
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of all active adapters, or reset it to what their config gave them."""
+        for adapter in self._active_here():
+            self.scaling[adapter] = self._initial_scale(adapter) if scale is None else self.scaling[adapter] / scale
+
+    # Merging.
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging adds to the base weight: in its layout, in the adapter's dtype."""
+        return self.variants[adapter].delta_weight(self, adapter).to(self.base.factors(self, adapter)[1].dtype)
+
+    def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Raise what `merge` would raise, and change nothing."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self._merged_tensors([n for n in names if n in self.r and n not in self.merged_adapters], safe_merge)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters into the base weight, and into its bias with lora_bias. All or none of them.
+
+        Args:
+            safe_merge: look for NaN and infinity in the result before it is stored.
+            adapter_names: those to merge; by default the active ones. Adapters not on this layer are passed over.
+
+        Raises:
+            ValueError: with safe_merge, the result is not finite; or an adapter's weights were never loaded.
+            RuntimeError: the adapter has a bias (lora_bias) and the base layer has none.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        if names:
+            self._store(*self._merged_tensors(names, safe_merge))
+            self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again, the last one first."""
+        if not self.merged:
+            warnings.warn("no adapter is merged, nothing to do", stacklevel=2)
+            return
+        module = self.get_base_layer()
+        weight, bias = module.weight.data, getattr(module, "bias", None)
+        for name in reversed(self.merged_adapters):
+            weight = self.variants[name].unmerge(self, name, weight)
+            bias = self._with_factor_bias(name, bias, -1)
+        self._store(weight, bias)
+        self.merged_adapters = []
+
+    @torch.no_grad()
+    def _merged_tensors(self, names: Sequence[str], safe: bool) -> tuple[Tensor, Tensor | None]:
+        """The base weight and bias with these adapters in them; new tensors where they differ."""
+        module = self.get_base_layer()
+        weight, bias = module.weight.data, getattr(module, "bias", None)
+        for name in names:
+            if any(factor.is_meta for factor in self.base.factors(self, name)):
+                raise ValueError(f"adapter {name!r} has no weights yet (it is on the meta device); load them first")
+            weight = self.variants[name].merge(self, name, weight)
+            bias = self._with_factor_bias(name, bias, 1)
+            if safe and not all(t is None or bool(t.isfinite().all()) for t in (weight, bias)):
+                raise ValueError(
+                    f"merging adapter {name!r} would put NaN or infinity into the base weight; nothing was merged. "
+                    "Look at the adapter's weights and at its scaling."
+                )
+        return weight, bias
+
+    @torch.no_grad()
+    def _with_factor_bias(self, adapter: str, bias: Tensor | None, sign: int) -> Tensor | None:
+        factor_bias = self.base.factor_bias(self, adapter)
+        if factor_bias is None:
+            return bias
+        if bias is None:
+            raise RuntimeError(
+                f"adapter {adapter!r} has a bias (lora_bias=True) and the base layer has none to merge it into; "
+                "use the adapter unmerged"
+            )
+        return (bias + sign * self.scaling[adapter] * factor_bias).to(bias.dtype)
+
+    @torch.no_grad()
+    def _store(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Write into the base layer's own storage, which other tensors may share (tied weights)."""
+        module = self.get_base_layer()
+        module.weight.data.copy_(weight)
+        if bias is not None and bias is not module.bias:
+            module.bias.data.copy_(bias)
+
+    # Forward.
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with the active adapters, in the base layer's output dtype.
+
+        Args:
+            x: the base layer's input, (..., K), or integer ids for an embedding.
+            adapter_names: with this keyword, row i of the batch takes the adapter of that name and no other.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if kwargs.pop("alora_offsets", None) is not None:
+            raise NotImplementedError("alora_offsets (activated LoRA) is not supported yet")
+        self._check_forward_args(x, adapter_names=adapter_names)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        out = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters or self.merged:
+            return out
+        if adapter_names is not None:
+            return self._add_by_row(out, x, adapter_names)
+        return self._add(out, x, self._active_here())
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.r]
+
+    def _add(self, out: Tensor, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        """Add adapters to the base layer's output. With none of them, the very same tensor."""
+        dtype = out.dtype
+        for name in adapters:
+            out = self.variants[name].add(self, name, out, x)
+        return out.to(dtype)
+
+    def _add_by_row(self, out: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """Add to each row of the batch the adapter it names; the other rows keep their bits."""
+        for name, rows in rows_by_adapter(adapter_names).items():
+            if name != BASE and name in self.r:
+                index = torch.tensor(rows, device=out.device)
+                out = out.index_copy(0, index, self._add(out[index], x[index.to(x.device)], [name]))
+        return out
+
+    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            return
+        check_batch_size(x, adapter_names)
+        if self.merged:
+            raise ValueError(
+                f"adapter_names cannot be used while {self.merged_adapters} are merged; unmerge them first"
+            )
+
+    def __repr__(self) -> str:
+        return f"lora.{super().__repr__()}"
+
+
+class Linear(LoraLayer):
+    """LoRA on nn.Linear or transformers' Conv1D; named as in PEFT, where layer reports show it as `lora.Linear`."""
+
+
+class Embedding(LoraLayer):
+    """LoRA on nn.Embedding; reports show `lora.Embedding`."""
+
+
+def check_adapter(base: Base, module: nn.Module, adapter_name: str, r: int, config: Any, where: str = "") -> None:
+    """Raise for an adapter that this base layer cannot take; nothing has been created then.
+
+    Raises:
+        ValueError: the rank is no positive number, or lora_bias on a layer that cannot have it.
+    """
+    at = f" for {where}" if where else ""
+    if isinstance(r, bool) or not isinstance(r, numbers.Integral) or r <= 0:
+        raise ValueError(f"the rank r must be a positive integer, got {r!r}{at}; see r and rank_pattern")
+    if not config.lora_bias:
+        return
+    kind = type(module).__name__
+    if not base.supports_lora_bias:
+        raise ValueError(f"lora_bias=True is not possible{at}: {kind} has no bias; leave it out of target_modules")
+    if getattr(module, "bias", None) is None:
+        warnings.warn(
+            f"lora_bias=True{at}, a {kind} without bias: the adapter cannot be merged", PeftWarning, stacklevel=3
+        )
