@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
@@ -70,7 +71,7 @@ def use_triton(x: Tensor) -> bool:
     if _backend == "torch":
         return False
     if _backend == "auto":
-        return x.is_cuda and triton_installed()
+        return x.is_cuda and x.dtype != torch.float64 and triton_installed()
     if not triton_installed():
         raise RuntimeError('backend "triton" needs the package triton: install it, or take backend "auto"')
     if not (x.is_cuda or (interpreting() and x.device.type == "cpu")):
@@ -78,4 +79,6 @@ def use_triton(x: Tensor) -> bool:
             f'backend "triton" needs tensors on a GPU, got one on {x.device}: move the model there, take backend '
             '"auto", or set TRITON_INTERPRET=1 before Triton is imported to try the kernels on a CPU'
         )
+    if x.dtype == torch.float64:
+        raise RuntimeError('backend "triton" has no kernels for float64: take backend "auto" or "torch"')
     return True

@@ -10,7 +10,8 @@ there, and each output is rounded once where it is written; nothing with M rows 
     dA   = dSᵀ drop(x)                 (r, K)   `outer`
     dx   = dout W + drop'(dS A)        (M, K)   `expand`
 
-drop zeroes what the mask drops and no more: its factor 1 / (1 - p) is part of `scale`. LoRA: arXiv:2106.09685 section 4.1.
+drop zeroes what the mask drops and no more: its factor 1 / (1 - p) is part of `scale`. LoRA: arXiv:2106.09685,
+section 4.1.
 """
 
 import functools
@@ -69,7 +70,7 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     lanes_dtype = _LANES[x.element_size()]
     indices = mask.contiguous().view(torch.uint8).reshape(-1).int()
     lanes = _byte_lanes(x.element_size(), x.device).index_select(0, indices).view(lanes_dtype)
-    return (x.view(lanes_dtype) & lanes.view(M, -1)[:, :K]).view(x.dtype)
+    return (x.view(lanes_dtype) & lanes.view(M, mask.shape[1] * MASK_BITS)[:, :K]).view(x.dtype)
 
 
 def dropout(x: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -22,23 +22,23 @@ class Tile:
     num_stages: int
 
 
-# kernel -> rank class -> tile. The rank class is the rank rounded up to a power of two, at most the last one listed; higher
-# ranks take several blocks of it.
+# kernel -> rank class -> tile. The rank class is the rank rounded up to a power of two, at most the last one listed;
+# higher ranks take several blocks of it.
 TILES: dict[Kernel, dict[int, Tile]] = {
     "shrink": {
         16: Tile(64, 64, 16, 4, 3),
-        32: Tile(64, 64, 32, 4, 3),
-        64: Tile(64, 64, 64, 4, 2),
+        32: Tile(64, 64, 32, 8, 2),
+        64: Tile(64, 32, 64, 8, 2),
     },
     "expand": {
         16: Tile(64, 128, 16, 4, 2),
-        32: Tile(64, 128, 32, 4, 2),
-        64: Tile(64, 64, 64, 4, 2),
+        32: Tile(64, 64, 32, 8, 2),
+        64: Tile(64, 32, 64, 8, 2),
     },
     "outer": {
-        16: Tile(64, 128, 16, 4, 3),
-        32: Tile(64, 64, 32, 4, 3),
-        64: Tile(64, 64, 64, 4, 2),
+        16: Tile(64, 64, 16, 4, 3),
+        32: Tile(64, 64, 32, 8, 2),
+        64: Tile(32, 64, 64, 8, 2),
     },
 }
 

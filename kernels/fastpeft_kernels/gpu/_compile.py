@@ -1,7 +1,7 @@
 """What a kernel module says about its own tile configurations, so that each one can be compiled where there is no GPU.
 
-Every module in `fastpeft_kernels.gpu` defines `compile_cases()`, which yields one `CompileCase` for each kernel in each tile
-configuration that its launcher can choose. The compile tests build all of them for GPUs that are not there.
+Every module in `fastpeft_kernels.gpu` defines `compile_cases()`, which yields one `CompileCase` for each kernel in each
+tile configuration that its launcher can choose. The compile tests build all of them for GPUs that are not there.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,10 @@ class CompileCase:
         constexprs: value of every argument whose type is "constexpr".
         num_warps, num_stages: the launch options.
         uses_matrix: the kernel must run on the matrix units.
-        capabilities: compute capabilities (80, 86, 89, 90, 100) for which the launcher chooses this configuration; None: all.
-        dot_rows: rows of the left operand of the smallest dot that matters. Under 64, the warp-level instruction (HMMA) is the
-            right one on every target; from 64 on, 9.0 and 10.0 must use their warp-group ones.
+        capabilities: compute capabilities (80, 86, 89, 90, 100) for which the launcher chooses this configuration;
+            None: all.
+        dot_rows: rows of the left operand of the smallest dot that matters. Under 64, the warp-level instruction (HMMA)
+            is the right one on every target; from 64 on, 9.0 and 10.0 must use their warp-group ones.
         unaligned: arguments not known to be multiples of 16 (all other pointers and integers are taken to be).
     """
 
@@ -41,8 +42,8 @@ class CompileCase:
         typed = {name for name, kind in self.signature.items() if kind == "constexpr"}
         if typed != set(self.constexprs):
             raise ValueError(
-                f"{self.name}: arguments of type constexpr are {sorted(typed)}, values are given for {sorted(self.constexprs)}; "
-                "each needs the other"
+                f"{self.name}: arguments of type constexpr are {sorted(typed)}, values are given for "
+                f"{sorted(self.constexprs)}; each needs the other"
             )
 
     def chosen_for(self, capability: int) -> bool:

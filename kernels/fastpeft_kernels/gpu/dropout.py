@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft_kernels.gpu._compile import CompileCase
-from fastpeft_kernels.gpu.numerics import keep, round_to
+from fastpeft_kernels.gpu._numerics import keep, round_to
 from fastpeft_kernels.reference import KEEP_LEVELS, keep_level, mask_words
 
 BLOCK_WORDS = 256  # 8192 mask bits a program
@@ -41,7 +41,7 @@ def _draw_kernel(
 
 
 def draw_mask(M: int, K: int, p: float, device: torch.device) -> Tensor:
-    """The seed is drawn on the device from torch's generator: no host sync, right under CUDA graphs and checkpointing."""
+    """The seed comes from torch's generator on the device: no host sync, right under CUDA graphs and checkpointing."""
     level, words = keep_level(p), M * mask_words(K)
     if level == KEEP_LEVELS:
         return torch.full((M, mask_words(K)), -1, dtype=torch.int32, device=device)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft_kernels.gpu._compile import CompileCase
-from fastpeft_kernels.gpu.numerics import exact_product, keep, product_for, round_to
+from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, round_to
 from fastpeft_kernels.tiles import ROWS_PER_PLANE, SPLIT_K_BELOW, TILES, tile
 
 
@@ -97,8 +97,13 @@ def _expand_kernel(
 
 
 def expand(
-    S: Tensor, B: Tensor, dtype: torch.dtype, base: Tensor | None = None, bias: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:  # fmt: skip
+    S: Tensor,
+    B: Tensor,
+    dtype: torch.dtype,
+    base: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """base + bias + drop(S Bᵀ), each of base and bias where given: (M, N) in `dtype`, rounded once."""
     (M, r), N = S.shape, B.shape[0]
     t = tile("expand", r)
@@ -107,7 +112,8 @@ def expand(
         grid = (triton.cdiv(M, t.BLOCK_M), triton.cdiv(N, t.BLOCK_C))
         with torch.cuda.device_of(S):
             _expand_kernel[grid](
-                S if base is None else base, S if bias is None else bias, S, B, S if mask is None else mask, out, M, N, r,
+                S if base is None else base, S if bias is None else bias, S, B, S if mask is None else mask, out,
+                M, N, r,
                 *((0, 0) if base is None else base.stride()), 0 if bias is None else bias.stride(0), *B.stride(),
                 0 if mask is None else mask.stride(0), base is not None, bias is not None, mask is not None,
                 t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
@@ -213,9 +219,9 @@ def _signature(fn: triton.JITFunction, pointers: dict[str, str], constexprs: dic
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    for (wide, narrow), masked in product(
-        (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")), (False, True)
-    ):
+    mixes = (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32"))
+    bare = ("bf16", "fp32")  # compiled without mask, base and bias as well; elsewhere the full kernel stands for both
+    for (wide, narrow), masked in [*product(mixes, (True,)), (bare, False)]:
         for kernel, fn in (("shrink", _shrink_kernel), ("expand", _expand_kernel), ("outer", _outer_kernel)):
             for t in TILES[kernel].values():
                 pointers = {
@@ -226,9 +232,9 @@ def compile_cases() -> Iterator[CompileCase]:
                     "HAS_MASK": masked, "BLOCK_M": t.BLOCK_M, "BLOCK_C": t.BLOCK_C, "BLOCK_R": t.BLOCK_R,
                 }  # fmt: skip
                 if kernel == "expand":
-                    constexprs |= {"HAS_BASE": not masked, "HAS_BIAS": not masked}
+                    constexprs |= {"HAS_BASE": masked, "HAS_BIAS": masked}
                 yield CompileCase(
-                    f"{kernel}-r{t.BLOCK_R}-{wide}-{narrow}{'-masked' if masked else ''}", fn,
+                    f"{kernel}-r{t.BLOCK_R}-{wide}-{narrow}{'' if masked else '-bare'}", fn,
                     _signature(fn, pointers, constexprs), constexprs, t.num_warps, t.num_stages,
                     dot_rows=t.BLOCK_C if kernel == "outer" else t.BLOCK_M,
                 )  # fmt: skip

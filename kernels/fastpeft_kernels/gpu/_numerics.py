@@ -34,9 +34,9 @@ def _dot16(a, b, acc):
 def exact_product(a, b, acc):
     """acc + a b with the accuracy of fp32: a (M, K), b (K, N), each fp32 or 16 bits wide.
 
-    A bf16 a against an fp32 b takes three bf16 products (b = high + mid + low, all 24 bits of it): the matrix units' bf16
-    rate, where fp32 or tf32x3 would need a widened copy of a. The chunk is summed by itself, then added to acc, because the
-    units may truncate inside a long sum: keep K at 64 or less.
+    A bf16 a against an fp32 b takes three bf16 products (b = high + mid + low, all 24 bits of it): the matrix units'
+    bf16 rate, where fp32 or tf32x3 would need a widened copy of a. The chunk is summed by itself, then added to acc,
+    because the units may truncate inside a long sum: keep K at 64 or less.
     """
     if a.dtype == b.dtype and a.dtype != tl.float32:
         return _dot16(a, b, acc)
