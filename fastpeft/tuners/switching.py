@@ -1,7 +1,8 @@
 """Switching, deleting and casting the adapters of a model, whether or not a tuner object is around it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from fastpeft.utils.constants import UPCAST_DTYPES
 from fastpeft.utils.trainable import set_auxiliary_adapter
 
 
-def _tuner_layers(model: nn.Module, layer_cls: type = BaseTunerLayer) -> list[BaseTunerLayer]:
+def _tuner_layers(model: nn.Module, layer_cls: type[Any] = BaseTunerLayer) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, layer_cls)]
 
 
@@ -74,7 +75,7 @@ def delete_adapter(
         ValueError: no such adapter, or it is merged. Nothing has changed then.
     """
     layers = _tuner_layers(model, layer_cls)
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    wrappers: list[Any] = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     available = {name for module in (*layers, *wrappers) for name in module._get_available_adapters()}
     if adapter_name not in available:
         raise ValueError(
@@ -82,7 +83,7 @@ def delete_adapter(
         )
     check_not_merged(model, adapter_name)
 
-    active = next((module.active_adapters for module in (*layers, *wrappers)), [])
+    active: list[str] = next((module.active_adapters for module in (*layers, *wrappers)), [])
     was_active = adapter_name in active
     new = next_active_adapters(active, adapter_name, available - {adapter_name}) if was_active else list(active)
     for wrapper in wrappers:
@@ -94,6 +95,42 @@ def delete_adapter(
     if was_active:
         set_auxiliary_adapter(model, new)
     return new or None
+
+
+def freeze_base_model(
+    model: nn.Module, biases: Sequence[str], layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+) -> None:
+    """Freeze what belongs to no adapter, but for the biases that adapters train.
+
+    Args:
+        biases: the `bias` of each active adapter's config: "none", "all" for every bias of the model, or
+            "<method>_only" for those of the adapted layers.
+    """
+    kept = {id(parameter) for parameter in _adapter_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad = False
+    for bias in biases:
+        if bias == "all":
+            for name, parameter in model.named_parameters():
+                if f".{name}".endswith(".bias"):
+                    parameter.requires_grad = True
+        elif bias.endswith("_only"):
+            for layer in _tuner_layers(model, layer_cls):
+                if getattr(layer, "bias", None) is not None:
+                    layer.bias.requires_grad = True  # type: ignore[union-attr]
+        elif bias != "none":
+            raise NotImplementedError(f'bias must be "none", "all" or "<method>_only" ("lora_only"), got {bias!r}')
+
+
+def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of all adapters, and all those of modules that are trained whole."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from module.parameters()
+        elif isinstance(module, BaseTunerLayer):
+            for _, part in module._parts():
+                yield from part.parameters() if isinstance(part, nn.Module) else [part]
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

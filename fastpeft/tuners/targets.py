@@ -48,7 +48,7 @@ def matches_name(names: str | Iterable[str], key: str) -> bool:
     """Whether a regular expression matches the whole path, or a name in a collection is the path or its end."""
     if isinstance(names, str):
         return re.fullmatch(names, key) is not None
-    names = names if isinstance(names, set | frozenset | dict) else set(names)
+    names = names if isinstance(names, set) else set(names)
     return not names.isdisjoint(suffixes(key))
 
 
@@ -154,7 +154,7 @@ def expand_all_linear(config: Any, model: nn.Module) -> Any:
     return config
 
 
-def _output_head(model: nn.Module, task_type: Any) -> nn.Module | None:
+def _output_head(model: Any, task_type: Any) -> nn.Module | None:
     """The head that "all-linear" leaves alone."""
     try:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -267,8 +267,8 @@ def warn_of_difference(config: Any, targets: Targets, by_config: Targets) -> Non
 def _nothing_found(config: Any, model: nn.Module, targets: Targets, names: set[str] | None) -> str:
     kind = type(model).__name__
     if names is not None:
-        shown = sorted(names)[:5]
-        return f"the checkpoint's keys name no module of {kind}; they begin with {shown}. Is it for another base model?"
+        some = sorted(names)[:5]
+        return f"the checkpoint's keys name no module of {kind}; they begin with {some}. Is it for another base model?"
     wanted = config.target_modules
     if not wanted:
         return f"target_modules is empty: name the modules of {kind} to adapt. {_linear_layers(model)}"

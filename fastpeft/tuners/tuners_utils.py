@@ -8,13 +8,13 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fastpeft.tuners import targets
+from fastpeft.tuners import merging, targets
 from fastpeft.tuners.switching import (
     cast_adapter_dtype,
     check_not_merged,
     delete_adapter,
+    freeze_base_model,
     set_adapter,
     set_requires_grad,
 )
@@ -239,32 +239,8 @@ class BaseTuner(nn.Module, ABC):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base model, but for the biases that the active adapters' configs train."""
-        kept: set[int] = set()  # adapters and wrapped modules look after themselves
-        for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                kept.update(id(p) for p in module.parameters())
-            elif isinstance(module, BaseTunerLayer):
-                parts = (part for _, part in module._parts())
-                kept.update(
-                    id(p) for part in parts for p in (part.parameters() if isinstance(part, nn.Module) else [part])
-                )
-        for parameter in model.parameters():
-            if id(parameter) not in kept:
-                parameter.requires_grad = False
-        for adapter in self.active_adapters:
-            self._train_biases(model, getattr(self.peft_config[adapter], "bias", "none"))
-
-    def _train_biases(self, model: nn.Module, bias: str) -> None:
-        if bias == "all":
-            for name, parameter in model.named_parameters():
-                if f".{name}".endswith(".bias"):
-                    parameter.requires_grad = True
-        elif bias.endswith("_only"):  # "lora_only": those of the adapted layers
-            for module in model.modules():
-                if isinstance(module, self.tuner_layer_cls) and getattr(module, "bias", None) is not None:
-                    module.bias.requires_grad = True  # type: ignore[union-attr]
-        elif bias != "none":
-            raise NotImplementedError(f'bias must be "none", "all" or "{self.prefix}only", got {bias!r}')
+        biases = [getattr(self.peft_config[adapter], "bias", "none") for adapter in self.active_adapters]
+        freeze_base_model(model, biases, self.tuner_layer_cls)
 
     # Switching.
 
@@ -340,17 +316,11 @@ class BaseTuner(nn.Module, ABC):
             ValueError, RuntimeError: one of them cannot be merged. Nothing is merged then.
         """
         self._check_merge(adapter_names, safe_merge)
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer):
-                with onload_layer(module):
-                    module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        merging.merge(self.model, adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again, exact up to rounding."""
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer):
-                with onload_layer(module):
-                    module.unmerge()
+        merging.unmerge(self.model)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -364,7 +334,11 @@ class BaseTuner(nn.Module, ABC):
         return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
-        """Return the base model without any adapter layer in it. What was merged before stays merged."""
+        """Return the base model without any adapter layer in it, its own modules in place of `modules_to_save`.
+
+        Where nothing was merged and no bias was trained, that is the base model bit by bit. What was merged before
+        stays merged.
+        """
         return self._unload_and_optionally_merge(merge=False)
 
     def _check_merge_allowed(self) -> None:
@@ -384,10 +358,7 @@ class BaseTuner(nn.Module, ABC):
             if isinstance(adapter_names, str):
                 raise TypeError(f"adapter_names must be a list of names; pass [{adapter_names!r}]")
             self._check_names(adapter_names)
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer):
-                with onload_layer(module):
-                    module.check_merge(adapter_names, safe_merge)
+        merging.check_merge(self.model, adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -398,24 +369,7 @@ class BaseTuner(nn.Module, ABC):
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        keys = [k for k, m in self.model.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        # innermost first: an adapter layer may be part of a module that is trained whole
-        for key in tqdm(
-            reversed(keys), total=len(keys), disable=not progressbar, desc="Merging" if merge else "Unloading"
-        ):
-            parent, target, name = get_submodules(self.model, key)
-            with onload_layer(target):
-                if isinstance(target, AuxiliaryTrainingWrapper):
-                    bare = target.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-                else:
-                    if merge:
-                        target.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                    bare = target.get_base_layer()
-            setattr(parent, name, bare)
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
-        if merge:
-            _untie_if_diverged(self.model)
+        merging.unload(self.model, merge, progressbar, safe_merge, adapter_names)
         return self.model
 
     # Facts about the model.
@@ -468,20 +422,4 @@ def _check_adapter_name(name: str) -> None:
         raise ValueError(
             f"{name!r} cannot be the name of an adapter: expected a non-empty string without dots that is not the name "
             "of a method of torch.nn.ModuleDict"
-        )
-
-
-def _untie_if_diverged(model: Any) -> None:
-    """Make the model's config say so when its embeddings, tied before, are two different weights after a merge."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    try:
-        weights = [embedding.weight for embedding in (model.get_input_embeddings(), model.get_output_embeddings())]
-    except (AttributeError, NotImplementedError):
-        return
-    if weights[0].data_ptr() != weights[1].data_ptr():
-        config.tie_word_embeddings = False
-        warnings.warn(
-            "input and output embeddings differ after the merge: config.tie_word_embeddings is False now", stacklevel=5
         )

@@ -41,7 +41,7 @@ def freeze_adapter(model: nn.Module, adapter_name: str) -> None:
             parameter.requires_grad = False
 
 
-def input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
+def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
     """The path of a transformers model's input embedding, or `default` where there is none."""
     if not hasattr(model, "get_input_embeddings"):
         return default

@@ -27,6 +27,7 @@ def find_trainable_modules(
         if not key or any(key.startswith(prefix) for prefix in closed):
             continue
         if isinstance(module, BaseTunerLayer):
+            assert isinstance(module, nn.Module)
             closed.append(f"{key}.")
             parts = (f"{key}.{name}" for name, _ in module.named_modules() if name)
             accident = next((part for part in parts if part.endswith(suffixes)), None)

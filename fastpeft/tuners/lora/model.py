@@ -114,8 +114,9 @@ class LoraModel(BaseTuner):
             )
 
     def _encoder_modules(self) -> Iterator[nn.Module]:
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        if encoder is not None and encoder is not self.model:  # transformers: the model itself where there is none
+        model: Any = self.model
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+        if encoder is not None and encoder is not model:  # transformers: the model itself where there is none
             yield from encoder.modules()
 
 

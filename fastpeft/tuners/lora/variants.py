@@ -5,9 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpeft.tuners.lora.fused import add_low_rank
+
 
 class LoraVariant:
     """Plain LoRA: the weight becomes W + scaling · B A. arXiv:2106.09685 section 4.1."""
+
+    fusable = True  # whether lora_linear computes it, base product included
 
     def add(self, layer: Any, adapter: str, out: Tensor, x: Tensor) -> Tensor:
         """The layer's output with this adapter.
@@ -19,7 +23,7 @@ class LoraVariant:
         Returns:
             (..., N) in the wider of out's and the adapter's dtype; the layer casts back at the end.
         """
-        return out + layer.base.low_rank(layer, adapter, x)
+        return add_low_rank(layer, adapter, out, x)
 
     def delta_weight(self, layer: Any, adapter: str) -> Tensor:
         """scaling · B A in the layout of the base weight; computed in fp32 at least, and returned so."""
