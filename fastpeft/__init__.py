@@ -5,7 +5,6 @@ Importing the package imports almost nothing: a name is imported from its module
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.lazy import lazy_names
@@ -103,20 +102,17 @@ _import_name, __all__ = lazy_names(
     },
 )
 
-# `import fastpeft` and then `fastpeft.tuners.lora.LoraLayer` works, as with PEFT.
-_SUBMODULES = {"auto", "config", "functional", "helpers", "mapping", "peft_model", "tuners", "utils"}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in __all__:
+    try:
+        return _import_name(name)
+    except AttributeError:
         from fastpeft.not_yet import NOT_YET
 
-        if name in NOT_YET:
-            raise AttributeError(f"fastpeft.{name} is not supported yet; use reference PEFT's for now: peft.{name}")
-    return _import_name(name)
+        if name not in NOT_YET:
+            raise
+        raise AttributeError(f"fastpeft.{name} is not supported yet; reference PEFT has it: peft.{name}") from None
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*globals(), *__all__})

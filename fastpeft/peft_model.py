@@ -352,7 +352,7 @@ def _check_adapter_name(adapter_name: str, peft_config: PeftConfig) -> None:
 
 def _checkpoints_activations(model: nn.Module) -> bool:
     """Whether it recomputes activations in backward, or does not tell: then it is prepared for it."""
-    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # its name in transformers 5, and the older one
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # new and old transformers
         if hasattr(model, name):
             return bool(getattr(model, name))
     return True
