@@ -1,0 +1,128 @@
+"""Suites "model" and "saved-model": a training step of a small Llama with LoRA on every linear."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.benchmark.cases import DTYPES, Case, Libraries
+from fastpeft.benchmark.libraries import lora_model
+from fastpeft.benchmark.memory import saved_bytes
+from fastpeft.benchmark.timing import Step
+
+
+@dataclass(frozen=True)
+class LlamaSize:
+    """A Llama configuration; by default the small one that the project's figures are about."""
+
+    layers: int = 8
+    hidden: int = 512
+    intermediate: int = 1376
+    heads: int = 8
+    kv_heads: int = 4
+    vocabulary: int = 8192
+
+    def build(self, dtype: torch.dtype, device: str, seed: int = 0) -> nn.Module:
+        """The model with random weights, the same for the same seed."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            num_hidden_layers=self.layers, hidden_size=self.hidden, intermediate_size=self.intermediate,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, vocab_size=self.vocabulary,
+            use_cache=False,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = LlamaForCausalLM(config)
+        return model.to(device, dtype)
+
+
+@dataclass(frozen=True)
+class ModelCase(Case):
+    """One step of training: forward, backward, AdamW. Base in `dtype`, adapters in fp32, no autocast."""
+
+    suite: ClassVar[str] = "model"
+
+    dtype: str
+    dropout: float
+    batch: int = 4
+    tokens: int = 256
+    r: int = 16
+    size: LlamaSize = LlamaSize()
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype}-p{self.dropout}"
+
+    def model(self, library: ModuleType) -> nn.Module:
+        base = self.size.build(DTYPES[self.dtype], self.device)
+        wrapped: nn.Module = lora_model(library, base, r=self.r, dropout=self.dropout)
+        return wrapped
+
+    def tokens_of_batch(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.batch, self.tokens)
+        return torch.randint(self.size.vocabulary, shape, generator=generator).to(self.device)
+
+    def steps(self, found: Libraries) -> dict[str, Step]:
+        return {name: self._step(self.model(library)) for name, library in found.items()}
+
+    def _step(self, model: nn.Module) -> Step:
+        ids = self.tokens_of_batch()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+        def step() -> None:
+            _loss(model, ids).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def facts(self, found: Libraries) -> dict[str, dict[str, Any]]:
+        """The first loss with dropout off: contenders that differ here do not run the same model."""
+        facts = {}
+        ids = self.tokens_of_batch()
+        for name, library in found.items():
+            with torch.no_grad():
+                facts[name] = {"first_loss": float(_loss(self.model(library).eval(), ids))}
+        return facts
+
+
+@dataclass(frozen=True)
+class SavedModelCase(ModelCase):
+    """What the forward of that step keeps for its backward."""
+
+    suite: ClassVar[str] = "saved-model"
+
+    def steps(self, found: Libraries) -> dict[str, Step]:
+        return {}
+
+    def facts(self, found: Libraries) -> dict[str, dict[str, Any]]:
+        ids = self.tokens_of_batch()
+        facts: dict[str, dict[str, Any]] = {}
+        for name, library in found.items():
+            model = self.model(library)
+            there = [*model.parameters(), *model.buffers()]
+            saved = saved_bytes(partial(_loss, model, ids), inputs=[ids], parameters=there)
+            facts[name] = {"saved": {**saved.to_dict(), "own_per_token": saved.own / ids.numel()}}
+        return facts
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def model_cases(quick: bool, device: str) -> Iterator[ModelCase]:
+    for dtype in ("bf16",) if quick else ("fp32", "bf16"):
+        for dropout in (0.0,) if quick else (0.0, 0.1):
+            yield ModelCase(dtype=dtype, dropout=dropout, device=device)
+
+
+def saved_model_cases(quick: bool, device: str) -> Iterator[SavedModelCase]:
+    for case in model_cases(quick, device):
+        yield SavedModelCase(dtype=case.dtype, dropout=case.dropout, device=device)
