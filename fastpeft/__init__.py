@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fastpeft.checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
     from fastpeft.config import PeftConfig as PeftConfig
     from fastpeft.config import PromptLearningConfig as PromptLearningConfig
-    from fastpeft.explain import explain as explain
     from fastpeft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from fastpeft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
     from fastpeft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from fastpeft.model_tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from fastpeft.model_tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from fastpeft.model_tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from fastpeft.paths import explain as explain
     from fastpeft.peft_model import PeftModel as PeftModel
     from fastpeft.status import get_layer_status as get_layer_status
     from fastpeft.status import get_model_status as get_model_status
@@ -68,7 +68,7 @@ _import_name, __all__ = lazy_names(
         ],
         "fastpeft.checkpoint": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
         "fastpeft.config": ["PeftConfig", "PromptLearningConfig"],
-        "fastpeft.explain": ["explain"],
+        "fastpeft.paths": ["explain"],
         "fastpeft.mapping": [
             "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
             "PEFT_TYPE_TO_CONFIG_MAPPING",

@@ -125,7 +125,7 @@ def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Te
         return out
     for rows in _row_chunks(*out.shape):
         delta = torch.mm(S[rows], B.t())
-        out[rows] = delta.add_(out[rows]) if mask is None else apply_mask(delta, mask[rows]).add_(out[rows])
+        out[rows] += delta if mask is None else apply_mask(delta, mask[rows])
     return out
 
 

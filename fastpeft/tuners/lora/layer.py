@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.tuners.bases import Base, base_for
+from fastpeft.tuners.lora.fused import fused_forward
 from fastpeft.tuners.lora.variants import LoraVariant, variant_for
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
 from fastpeft.utils.auxiliary import BASE, check_batch_size, rows_by_adapter
@@ -120,7 +121,10 @@ class LoraLayer(nn.Module, BaseTunerLayer):
     def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Raise what `merge` would raise, and change nothing."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        self._merged_tensors([n for n in names if n in self.r and n not in self.merged_adapters], safe_merge)
+        names = [name for name in names if name in self.r and name not in self.merged_adapters]
+        self._check_mergeable(names)
+        if safe_merge:
+            self._merged_tensors(names, safe=True)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base weight, and into its bias with lora_bias. All or none of them.
@@ -135,9 +139,11 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if names:
+            self._check_mergeable(names)
             self._store(*self._merged_tensors(names, safe_merge))
             self.merged_adapters += names
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, the last one first."""
         if not self.merged:
@@ -151,14 +157,22 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self._store(weight, bias)
         self.merged_adapters = []
 
+    def _check_mergeable(self, names: Sequence[str]) -> None:
+        for name in names:
+            if any(factor.is_meta for factor in self.base.factors(self, name)):
+                raise ValueError(f"adapter {name!r} has no weights yet (it is on the meta device); load them first")
+            if self.base.factor_bias(self, name) is not None and getattr(self.get_base_layer(), "bias", None) is None:
+                raise RuntimeError(
+                    f"adapter {name!r} has a bias (lora_bias=True) and the base layer has none to merge it into; "
+                    "use the adapter unmerged"
+                )
+
     @torch.no_grad()
     def _merged_tensors(self, names: Sequence[str], safe: bool) -> tuple[Tensor, Tensor | None]:
         """The base weight and bias with these adapters in them; new tensors where they differ."""
         module = self.get_base_layer()
         weight, bias = module.weight.data, getattr(module, "bias", None)
         for name in names:
-            if any(factor.is_meta for factor in self.base.factors(self, name)):
-                raise ValueError(f"adapter {name!r} has no weights yet (it is on the meta device); load them first")
             weight = self.variants[name].merge(self, name, weight)
             bias = self._with_factor_bias(name, bias, 1)
             if safe and not all(t is None or bool(t.isfinite().all()) for t in (weight, bias)):
@@ -173,11 +187,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         factor_bias = self.base.factor_bias(self, adapter)
         if factor_bias is None:
             return bias
-        if bias is None:
-            raise RuntimeError(
-                f"adapter {adapter!r} has a bias (lora_bias=True) and the base layer has none to merge it into; "
-                "use the adapter unmerged"
-            )
+        assert bias is not None, "checked in _check_mergeable"
         return (bias + sign * self.scaling[adapter] * factor_bias).to(bias.dtype)
 
     @torch.no_grad()
@@ -203,12 +213,15 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self._check_forward_args(x, adapter_names=adapter_names)
         if self._disable_adapters and self.merged:
             self.unmerge()
+        adapters = [] if self._disable_adapters or self.merged else self._active_here()
+        if adapters and adapter_names is None and not args and not kwargs:
+            out = fused_forward(self, adapters, x)
+            if out is not None:
+                return out
         out = self.base_layer(x, *args, **kwargs)
-        if self._disable_adapters or self.merged:
-            return out
-        if adapter_names is not None:
+        if adapter_names is not None and not self._disable_adapters:
             return self._add_by_row(out, x, adapter_names)
-        return self._add(out, x, self._active_here())
+        return self._add(out, x, adapters)
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.r]
@@ -216,6 +229,8 @@ class LoraLayer(nn.Module, BaseTunerLayer):
     def _add(self, out: Tensor, x: Tensor, adapters: Sequence[str]) -> Tensor:
         """Add adapters to the base layer's output. With none of them, the very same tensor."""
         dtype = out.dtype
+        if len(adapters) > 1:  # one rounding at the end, whatever their number
+            out = out.to(torch.promote_types(dtype, torch.float32))
         for name in adapters:
             out = self.variants[name].add(self, name, out, x)
         return out.to(dtype)
