@@ -11,12 +11,13 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from fastpeft.checkpoint import (
+    adapter_folder,
     get_peft_model_state_dict,
     load_peft_weights,
     save_adapter_files,
@@ -24,7 +25,7 @@ from fastpeft.checkpoint import (
 )
 from fastpeft.config import PeftConfig
 from fastpeft.utils.other import infer_device
-from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
+from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PeftType
 
 if TYPE_CHECKING:
     from torch.nn.modules.module import _IncompatibleKeys
@@ -42,7 +43,7 @@ class SavedAdapters(PushToHubMixin):
     """The part of PeftModel that reads and writes folders."""
 
     def save_pretrained(
-        self: PeftModel,  # type: ignore[misc]
+        self,
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
@@ -66,38 +67,42 @@ class SavedAdapters(PushToHubMixin):
                 transformers' models pass (`max_shard_size`, ...) are taken, an adapter being one file.
 
         Raises:
-            ValueError: save_directory is a file, or a selected adapter does not exist.
+            ValueError: save_directory is a file, a selected adapter does not exist, or its name leads out of it.
         """
         if path_initial_model_for_weight_conversion is not None:
             raise NotImplementedError(
                 "path_initial_model_for_weight_conversion is not supported yet, nor is an initialisation that rewrites "
                 "the base weight and would need it; leave it None"
             )
-        directory = os.fspath(save_directory)
+        model, directory = cast("PeftModel", self), os.fspath(save_directory)
         if os.path.isfile(directory):
             raise ValueError(f"save_directory must be a folder, and {directory!r} is a file; choose another path")
-        known = list(self.peft_config)
+        known = list(model.peft_config)
         names = known if selected_adapters is None else list(selected_adapters)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"selected_adapters={unknown} are not in this model, which has {known}")
         _check_save_kwargs(kwargs)
+        folders = {name: adapter_folder(directory, name) for name in names}
 
         for name in names:
             weights = get_peft_model_state_dict(  # on every process: gathering shards needs them all
-                self,
+                model,
                 state_dict=kwargs.get("state_dict"),
                 adapter_name=name,
                 save_embedding_layers=save_embedding_layers,
             )
             if is_main_process:
-                folder = directory if name == "default" else os.path.join(directory, name)
-                config, auto_mapping = _config_to_save(self, name)
+                config, auto_mapping = _config_to_save(model, name)
                 save_adapter_files(
-                    folder, config, weights, safe_serialization=safe_serialization, auto_mapping_dict=auto_mapping
+                    folders[name],
+                    config,
+                    weights,
+                    safe_serialization=safe_serialization,
+                    auto_mapping_dict=auto_mapping,
                 )
         if is_main_process:
             os.makedirs(directory, exist_ok=True)
-            self.create_or_update_model_card(directory)
+            model.create_or_update_model_card(directory)
 
     @classmethod
     def from_pretrained(
@@ -138,6 +143,7 @@ class SavedAdapters(PushToHubMixin):
         from fastpeft.model_tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
         hub, options = _split_load_kwargs(kwargs, ephemeral_gpu_offload)
+        own_config = config is not None  # then the one beside the weights need not be the one they were saved with
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub)
         elif not isinstance(config, PeftConfig):
@@ -147,10 +153,10 @@ class SavedAdapters(PushToHubMixin):
         config.inference_mode = not is_trainable
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        weights = _read_weights(model_id, options, key_mapping, hub)
+        weights = _read_weights(model_id, options, key_mapping, hub, check_config=not own_config)
 
         restore = _restorer(model)
-        model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
+        model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cast("type[PeftModel]", cls))
         wrapped = None
         try:
             wrapped = model_class(
@@ -172,7 +178,7 @@ class SavedAdapters(PushToHubMixin):
         return wrapped
 
     def load_adapter(
-        self: PeftModel,  # type: ignore[misc]
+        self,
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
@@ -191,29 +197,30 @@ class SavedAdapters(PushToHubMixin):
         Returns:
             `missing_keys`: keys of this adapter that the file lacks; `unexpected_keys`: keys that fit nothing here.
         """
+        model = cast("PeftModel", self)
         hub, options = _split_load_kwargs({**kwargs, "torch_device": torch_device}, ephemeral_gpu_offload)
-        is_new = adapter_name not in self.peft_config
+        is_new = adapter_name not in model.peft_config
         config = PeftConfig.from_pretrained(model_id, **hub) if is_new else None
         weights = _read_weights(model_id, options, key_mapping, hub)
         if config is not None:
-            self._check_new_adapter_config(config, is_trainable=is_trainable)
+            model._check_new_adapter_config(config, is_trainable=is_trainable)
             config.inference_mode = not is_trainable
-            self.add_adapter(
+            model.add_adapter(
                 adapter_name,
                 config,
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
         try:
-            result = _apply_weights(self, weights, adapter_name, options, autocast_adapter_dtype, low_cpu_mem_usage)
+            result = _apply_weights(model, weights, adapter_name, options, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
             if is_new:
-                self.delete_adapter(adapter_name)
+                model.delete_adapter(adapter_name)
             raise
         if is_new and is_trainable:
-            self.set_requires_grad(adapter_name)
+            model.set_requires_grad(adapter_name)
         if not is_trainable:
-            self.eval()
+            model.eval()
         return result
 
     @classmethod
@@ -266,9 +273,12 @@ def _read_weights(
     options: dict[str, Any],
     key_mapping: dict[str, str] | None,
     hub: dict[str, Any],
+    check_config: bool = True,
 ) -> dict[str, Tensor]:
     device = options.get("torch_device") or infer_device()
-    return load_peft_weights(os.fspath(model_id), device=device, key_mapping=key_mapping, **hub)
+    return load_peft_weights(
+        os.fspath(model_id), device=device, key_mapping=key_mapping, check_config=check_config, **hub
+    )
 
 
 def _apply_weights(
@@ -287,7 +297,7 @@ def _apply_weights(
         ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "")
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(model.peft_config[adapter_name].peft_type), "")
     result.missing_keys[:] = [
         key
         for key in result.missing_keys
