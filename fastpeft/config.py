@@ -131,7 +131,7 @@ class PeftConfigMixin(PushToHubMixin):
         unknown = sorted(set(kwargs) - known)
         if unknown and "peft_type" not in kwargs:
             raise TypeError(
-                f"{cls.__name__} has no fields {unknown}; an adapter config must at least name its peft_type"
+                f"{cls.__name__} has no fields {unknown[:8]}; an adapter config must at least name a peft_type"
             )
         if unknown:
             warnings.warn(
