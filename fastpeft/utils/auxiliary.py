@@ -183,7 +183,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
         parts = []
         for name, rows in rows_by_adapter(adapter_names).items():
             module = self.original_module if name == BASE else self.module_of(name)
-            parts.append(module(x[rows], *args, **kwargs))
+            if module is self.original_module:  # whole, so that these rows get the very bits of the base model
+                parts.append(module(x, *args, **kwargs)[rows])
+            else:
+                parts.append(module(x[rows], *args, **kwargs))
             order += rows
         return torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
 
