@@ -19,12 +19,13 @@ from fastpeft.utils.peft_types import (
 )
 
 if TYPE_CHECKING:
-    from fastpeft.tuners.lora import LoraConfig, LoraModel
+    from fastpeft.tuners.lora.config import LoraConfig
+    from fastpeft.tuners.lora.model import LoraModel
 
     # What a model forwards to its tuner is part of its interface; a type checker sees it as inherited.
-    class _LoraPeftModel(PeftModel, LoraModel): ...
+    class _LoraPeftModel(PeftModel, LoraModel): ...  # type: ignore[misc, override]
 
-    class _TunerPeftModel(PeftModel, BaseTuner): ...
+    class _TunerPeftModel(PeftModel, BaseTuner): ...  # type: ignore[misc, override]
 
 
 __all__ = [
@@ -49,11 +50,12 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """
     if "peft_type" not in config_dict:
         raise ValueError(f"config_dict needs the key 'peft_type', for example 'LORA'; got {sorted(config_dict)}")
-    return PEFT_TYPE_TO_CONFIG_MAPPING[config_dict["peft_type"]](**config_dict)
+    config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[config_dict["peft_type"]](**config_dict)
+    return config
 
 
 @overload
-def get_peft_model(
+def get_peft_model(  # type: ignore[overload-overlap]
     model: nn.Module,
     peft_config: LoraConfig,
     adapter_name: str = ...,
@@ -156,13 +158,13 @@ def inject_adapter_in_model(
     Raises:
         ValueError: the method needs the wrapper of get_peft_model, or the config fits no layer.
     """
-    tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+    tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type or ""]
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt or tuner_class.uses_shared_state:
         raise ValueError(
             f"{peft_config.peft_type} keeps state beside the layers, and a bare model has no place for it; use "
             "get_peft_model"
         )
-    tuner = tuner_class(
+    tuner: BaseTuner = tuner_class(
         model, peft_config, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
     )
     return tuner.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ TRAINING_HEADING = "## Training procedure"
 QUANTIZATION_LINE = "The base model was quantized during training:"
 
 
-def write_model_card(model: PeftModel, directory: str | Path) -> None:
+def write_model_card(model: PeftModel, directory: str | os.PathLike[str]) -> None:
     """Write README.md into `directory`, or bring the one there up to date; text that is there stays."""
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -208,11 +208,12 @@ class _GeneratingModel(_TaskModel):
             raise NotImplementedError(
                 f"task_ids belongs to methods that learn several tasks in one adapter; {self.peft_type} is not one"
             )
-        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        inputs: dict[str, Any] = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate, by the generation config that was set on this wrapper if one was."""
-        base = self.get_base_model()
+        base: Any = self.get_base_model()
         if "generation_config" in self.__dict__:
             base.generation_config = self.generation_config
         with self._enable_peft_forward_hooks(*args, **kwargs):
@@ -260,11 +261,6 @@ class PeftModelForCausalLM(_GeneratingModel):
 
 class PeftModelForSeq2SeqLM(_GeneratingModel):
     """An encoder-decoder that predicts the next token of its output."""
-
-    @property
-    def base_model_prepare_encoder_decoder_kwargs_for_generation(self) -> Any:
-        """The base model's method that runs the encoder before decoding."""
-        return self.base_model._prepare_encoder_decoder_kwargs_for_generation
 
     def forward(
         self,

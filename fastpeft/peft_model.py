@@ -21,7 +21,7 @@ from fastpeft.model_card import write_model_card
 from fastpeft.persistence import SavedAdapters
 from fastpeft.recognition import public_class, recognised_class
 from fastpeft.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
-from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
 if TYPE_CHECKING:
     from fastpeft.model_tasks import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
     )
+    from fastpeft.tuners.tuners_utils import BaseTuner
 
 __all__ = [
     "PeftModel",
@@ -67,7 +68,7 @@ class PeftModel(SavedAdapters, nn.Module):
         peft_type: the method; all adapters of one model share it.
     """
 
-    base_model: Any  # the tuner: a BaseTuner, which forwards to the user's model
+    base_model: BaseTuner
 
     def __init__(
         self,
@@ -79,12 +80,12 @@ class PeftModel(SavedAdapters, nn.Module):
     ) -> None:
         nn.Module.__init__(self)  # not super(): reference PEFT's class may follow in the method order
         self.__class__ = recognised_class(type(self))
+        tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type or ""]
         _check_adapter_name(adapter_name, peft_config)
         self.peft_type = peft_config.peft_type
         # What forward and generate take for the adapters' sake, and the base model must not see.
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._adapters_disabled = False
-        tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
         self.base_model = tuner_class(
             model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
         )
@@ -92,7 +93,7 @@ class PeftModel(SavedAdapters, nn.Module):
 
         if _checkpoints_activations(model):
             self.prepare_model_for_gradient_checkpointing(model)
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
             config.pretraining_tp = 1  # slices of a weight would pass the adapter layer by
 
@@ -100,7 +101,8 @@ class PeftModel(SavedAdapters, nn.Module):
         if public_class(type(self)) is type(self):
             return super().__reduce_ex__(protocol)  # type: ignore[return-value]
         # The class was made at run time and cannot be imported: name the public one, and join again on arrival.
-        return _new_instance, (public_class(type(self)),), self.__getstate__()
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _new_instance, (public_class(type(self)),), state
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -123,7 +125,7 @@ class PeftModel(SavedAdapters, nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate with the active adapters; `adapter_names` as in forward."""
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.get_base_model().generate(*args, **self._base_kwargs(kwargs))
+            return self.base_model.generate(*args, **self._base_kwargs(kwargs))
 
     def _base_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in kwargs.items() if key not in self.special_peft_forward_args}
@@ -135,7 +137,8 @@ class PeftModel(SavedAdapters, nn.Module):
             return nullcontext()
         if "alora_offsets" in given:
             raise NotImplementedError("alora_offsets belongs to activated LoRA, which is not supported yet")
-        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+        context: AbstractContextManager[None] = self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+        return context
 
     # ---- adapters ----
 
@@ -286,15 +289,16 @@ class PeftModel(SavedAdapters, nn.Module):
         """
         if any(getattr(model, flag, False) for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
             return model
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(_require_grad)
+        base: Any = model
+        if hasattr(base, "enable_input_require_grads"):
+            base.enable_input_require_grads()
+        elif hasattr(base, "get_input_embeddings"):
+            base.get_input_embeddings().register_forward_hook(_require_grad)
         return model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter adds to the base weight and can so be written as LoRA."""
-        return self.base_model.supports_lora_conversion(adapter_name)
+        return bool(self.base_model.supports_lora_conversion(adapter_name))
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> NoReturn:
         """The virtual tokens of a prompt-learning method."""
@@ -341,7 +345,7 @@ class PeftModel(SavedAdapters, nn.Module):
 def _check_adapter_name(adapter_name: str, peft_config: PeftConfig) -> None:
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"an adapter name is a string that is not empty and has no '.', got {adapter_name!r}")
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_config.peft_type, "")
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_config.peft_type), "")
     if adapter_name in prefix:
         warnings.warn(
             f"adapter name {adapter_name!r} is part of {prefix!r}, which marks this method's weights, so that keys of "

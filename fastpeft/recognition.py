@@ -32,7 +32,8 @@ def recognised_class(cls: type[_T]) -> type[_T]:
 
 def public_class(cls: type) -> type:
     """The class that `cls` was made from by recognised_class; any other class is its own."""
-    return vars(cls).get("_public_class", cls)
+    public: type = vars(cls).get("_public_class", cls)
+    return public
 
 
 def _reference_peft() -> ModuleType | None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fastpeft.utils.other import AuxiliaryTrainingWrapper
 
 Irregular = Literal["irregular"]
-_Value = TypeVar("_Value", bound=Hashable)
+_Value = TypeVar("_Value")
+_Hashable = TypeVar("_Hashable", bound=Hashable)
 
 
 @dataclass
@@ -187,7 +188,7 @@ def _layer_status(name: str, module: BaseTunerLayer | AuxiliaryTrainingWrapper) 
     )
 
 
-def _adapter_tensors(module: nn.Module, attributes: Iterable[str]) -> dict[str, list[Tensor]]:
+def _adapter_tensors(module: object, attributes: Iterable[str]) -> dict[str, list[Tensor]]:
     """Per adapter name, its tensors under the given attributes; those that hold no tensors by adapter are skipped."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     for attribute in attributes:
@@ -201,7 +202,7 @@ def _adapter_tensors(module: nn.Module, attributes: Iterable[str]) -> dict[str, 
     return dict(found)
 
 
-def _common(values: Iterable[_Value]) -> _Value | Irregular:
+def _common(values: Iterable[_Hashable]) -> _Hashable | Irregular:
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else "irregular"
 
