@@ -32,7 +32,8 @@ test: $(VENV)/.test $(VENV)/triton-3.6
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(ARGS)
 
 bench: $(VENV)/.test
-	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench-out.json $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only --benchmark-disable-gc \
+	  --benchmark-columns=median,iqr,min,rounds --benchmark-json=bench-out.json $(ARGS)
 
 lint: $(VENV)/.test
 	@echo "==> ruff, mypy"

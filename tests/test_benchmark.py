@@ -170,6 +170,15 @@ def test_every_suite_runs_in_tiny_shapes_with_what_is_installed(suite, monkeypat
             assert OURS in result.speedup[case.baselines[0]]
 
 
+def test_a_contender_that_no_graph_can_capture_is_timed_and_named(monkeypatch):
+    def capture(step, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(gpu, "graph_replay", capture)
+    case = tiny(gpu.FusedLinearCase(size=32, M=16, backward=True))
+    assert {"torch-no-graph", f"{OURS}-no-graph"} <= set(case.steps(benchmark.available()))
+
+
 def test_a_failing_case_becomes_its_result():
     broken = SimpleNamespace(LoraConfig=peft.LoraConfig)  # no get_peft_model
     case = layer.LayerCase(M=4, K=8, N=8, r=2, dtype="fp32", dropout=0.0)

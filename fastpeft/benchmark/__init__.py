@@ -22,6 +22,7 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "model": model.model_cases,
     "saved-model": model.saved_model_cases,
     "fused-linear": gpu.fused_linear_cases,
+    "fused-linear-full": gpu.fused_linear_table,
     "llama-layer": gpu.llama_layer_cases,
     "llama-saved": gpu.llama_saved_cases,
 }

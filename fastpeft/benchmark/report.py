@@ -50,7 +50,9 @@ class Report:
     def _table(self, suite: str, results: list[Result]) -> list[str]:
         baselines = list(dict.fromkeys(name for result in results for name in result.speedup))
         heads = ["case", "contender", "time (quartiles)", *(f"x {name} (quartiles)" for name in baselines)]
-        facts = list(dict.fromkeys(key for result in results for c in result.contenders.values() for key in _facts(c)))
+        facts = list(
+            dict.fromkeys(key for result in results for c in result.contenders.values() for key in facts_of(c))
+        )
         rows = [[*heads, *facts], ["---"] * (len(heads) + len(facts))]
         for result in results:
             if result.error:
@@ -58,7 +60,7 @@ class Report:
             for name, contender in result.contenders.items():
                 bold = f"**{name}**" if name == OURS else name
                 ratios = [_ratio(result.speedup.get(baseline, {}).get(name)) for baseline in baselines]
-                known = _facts(contender)
+                known = facts_of(contender)
                 rows.append([result.case, bold, _time(contender), *ratios, *(known.get(key, "") for key in facts)])
         return [f"### {suite}", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
 
@@ -74,7 +76,7 @@ def _ratio(speedup: dict[str, float] | None) -> str:
     return f"{speedup['median']:.3f} ({speedup['q1']:.3f} to {speedup['q3']:.3f})" if speedup else ""
 
 
-def _facts(contender: dict[str, Any]) -> dict[str, str]:
+def facts_of(contender: dict[str, Any]) -> dict[str, str]:
     """A contender's figures that are not times, one column each."""
     facts: dict[str, str] = {}
     for key, value in contender.items():

@@ -1,0 +1,38 @@
+"""The benches of bench/gpu.sh: the tables that the speed targets are stated in, the most important first.
+
+python bench/gpu.py --out FOLDER [--deadline SECONDS] [--suites ...] [--quick]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastpeft.benchmark import GPU_SUITES, SUITES, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for <stem>.json and <stem>.md")
+    parser.add_argument("--stem", default="bench", help="name of the files")
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=[*GPU_SUITES, "layer", "saved", "model"])
+    parser.add_argument("--quick", action="store_true", help="fewer cases, measured more briefly")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--deadline", type=float, help="begin no case after so many seconds")
+    args = parser.parse_args()
+    report = run(
+        args.suites,
+        quick=args.quick,
+        out_dir=args.out,
+        stem=args.stem,
+        device=args.device,
+        deadline_s=args.deadline,
+        progress=lambda line: print(line, flush=True),
+    )
+    print(report.to_markdown())
+    for result in report.errors:
+        print(f"{result.suite} {result.case}: {result.error}", file=sys.stderr)
+    return 1 if report.errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
