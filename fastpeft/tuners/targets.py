@@ -240,6 +240,10 @@ def check_found(config: Any, model: nn.Module, targets: Targets, names: set[str]
         warnings.warn(
             f"exclude_modules={config.exclude_modules} excludes no module of {type(model).__name__}", stacklevel=4
         )
+    if not isinstance(wanted := getattr(config, "target_modules", None), str | None) and names is None:
+        ends = {end for key in (*targets.matched, *targets.excluded) for end in suffixes(key)}
+        if unused := sorted(set(wanted) - ends):
+            warnings.warn(f"target_modules {unused} match no layer of {type(model).__name__}", stacklevel=4)
     for attribute in ("rank_pattern", "alpha_pattern"):
         if unused := unmatched_patterns(getattr(config, attribute, None) or (), targets.matched):
             warnings.warn(f"{attribute} {unused} match no targeted module", RuntimeWarning, stacklevel=4)
