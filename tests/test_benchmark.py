@@ -161,7 +161,7 @@ def test_every_suite_runs_in_tiny_shapes_with_what_is_installed(suite, monkeypat
     cases = list(benchmark.SUITES[suite](True, "cpu"))
     assert len({case.name for case in cases}) == len(cases)
     monkeypatch.setattr(gpu.FusedLinearCase, "effort", None)  # two rounds do, instead of the protocol's 400
-    for case in map(tiny, cases):
+    for case in map(tiny, cases[:6]):  # the rest differs in shape alone, which `tiny` makes the same
         result = measure(case, benchmark.available(), ONCE)
         assert result.error is None, f"{case.name}: {result.error}"
         assert {OURS, REFERENCE} <= set(result.contenders)
