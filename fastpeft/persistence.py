@@ -168,9 +168,7 @@ class SavedAdapters(PushToHubMixin):
             )
             result = _apply_weights(wrapped, weights, adapter_name, options, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
-            if wrapped is not None:
-                wrapped.base_model.unload()
-            restore()
+            restore(wrapped)
             raise
         if not is_trainable:
             wrapped.eval()
@@ -320,16 +318,21 @@ def _warn_unmatched(result: _IncompatibleKeys, model_id: str | os.PathLike[str])
         )
 
 
-def _restorer(model: nn.Module) -> Callable[[], None]:
-    """A function that undoes what wrapping changes on the base model apart from its layers."""
+def _restorer(model: nn.Module) -> Callable[[PeftModel | None], None]:
+    """A function that makes the model what it is now, given the wrapper that was put on it or None if it got none."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training, config = model.training, model.__dict__.get("peft_config")
+    training, adapters = model.training, set(getattr(model, "peft_config", None) or ())
 
-    def restore() -> None:
+    def restore(wrapped: PeftModel | None) -> None:
+        if wrapped is not None and adapters:
+            for name in wrapped.peft_config.keys() - adapters:
+                wrapped.delete_adapter(name)
+        elif wrapped is not None:
+            wrapped.base_model.unload()
+        if not adapters:
+            model.__dict__.pop("peft_config", None)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         model.train(training)
-        if config is None:
-            model.__dict__.pop("peft_config", None)
 
     return restore

@@ -348,6 +348,7 @@ def test_get_peft_model_notes_the_base_model():
         get_peft_model(other, config)
 
 
+@pytest.mark.filterwarnings("ignore:this model has adapters already")
 def test_wrapping_twice_warns():
     model = adapted()
     with pytest.warns(UserWarning, match="already has adapter layers"):
@@ -510,6 +511,7 @@ def test_save_pretrained_refuses_what_it_cannot_do(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.filterwarnings("ignore:could not read the config of the base model")
 def test_model_card(tmp_path):
     base = tiny_llama()
     base.config._name_or_path = base.name_or_path = "some/base"
@@ -581,6 +583,61 @@ def test_config_given_instead_of_the_saved_one(tmp_path):
     assert torch.equal(logits(model), logits(tiny_llama()))
     with pytest.raises(ValueError, match="PeftConfig"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path, config={"r": 4})
+
+
+def test_a_config_that_is_not_the_weights_own_is_noticed(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    base = tiny_llama()
+    before = snapshot(base)
+    with pytest.raises(fastpeft.PeftError, match="lora_alpha"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_same_state(base, before)
+    loaded = PeftModel.from_pretrained(base, tmp_path, config=model.peft_config["default"])  # a config of one's own
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:this model has adapters already")
+def test_a_failed_load_leaves_adapters_that_were_there(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    misshape(tmp_path / "adapter_model.safetensors")
+    model = adapted()
+    expected, before = logits(model), snapshot(model)
+    with pytest.raises(RuntimeError, match="shape"):
+        PeftModel.from_pretrained(model.get_base_model(), tmp_path, adapter_name="second")
+    assert list(model.peft_config) == ["default"]
+    assert_same_state(model, before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_an_offloaded_base_keeps_its_places(tmp_path):
+    """Weights that accelerate keeps on disk: the adapter goes beside them and nothing is dispatched anew."""
+    from transformers import LlamaForCausalLM
+
+    model = adapted()
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.rotary_emb"], "cpu")
+    places |= dict.fromkeys(["model.layers.0", "model.norm", "lm_head"], "disk")
+
+    def offloaded():
+        options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base", **options).eval()
+        assert any(p.is_meta for p in base.parameters())
+        return base
+
+    loaded = PeftModel.from_pretrained(offloaded(), tmp_path / "adapter", device_map="auto")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.get_model_status().devices == {"default": ["cpu"]}
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(tiny_llama()))
+
+    added = get_peft_model(offloaded(), config_for("llama"))
+    added.eval().load_adapter(tmp_path / "adapter", "loaded")
+    added.set_adapter("loaded")
+    assert torch.equal(logits(added), logits(model))
 
 
 def test_key_mapping_renames_the_keys_of_the_file(tmp_path):
