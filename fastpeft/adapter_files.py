@@ -68,6 +68,10 @@ class Seal:
     def pair(self) -> str:
         return hashlib.sha256(f"{self.config_sha256}{self.tensors_sha256}".encode()).hexdigest()[:16]
 
+    def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these are the tensors that were sealed, and the seal itself is whole."""
+        return self == seal_of(self.config, tensors)
+
     def metadata(self) -> dict[str, str]:
         """As entries of a safetensors header."""
         return {f"fastpeft_{name}": value for name, value in vars(self).items()}
@@ -213,10 +217,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise AdapterFileError(f"{path} should hold named tensors, but {name!r} is a {type(tensor).__name__}")
     seal = read_seal(path)
-    if seal is not None and _tensors_digest(tensors) != seal.tensors_sha256:
+    if seal is not None and not seal.is_of(tensors):
         raise AdapterFileError(
-            f"the tensors in {path} are not the ones that were saved: their digest differs from the one in the file's "
-            "header. The file is damaged; save or download it again"
+            f"{path} is damaged: its content is not what the digest inside it was made of. Save or download it again"
         )
     return tensors
 
@@ -235,6 +238,7 @@ def _write_weights(path: Path, tensors: Mapping[str, Tensor], seal: Seal) -> Non
         from safetensors.torch import save_file
 
         save_file(dict(tensors), path, metadata={"format": "pt"} | seal.metadata())
+        _sort_metadata(path)
     else:
         torch.save(dict(tensors), path)
         with zipfile.ZipFile(path, "a") as archive:
@@ -242,6 +246,18 @@ def _write_weights(path: Path, tensors: Mapping[str, Tensor], seal: Seal) -> Non
             archive.writestr(f"{root}/{_SEAL_RECORD}", json.dumps(seal.metadata()))
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order: safetensors writes it in a random one, and equal adapters should be equal files."""
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # else a name that JSON can write in two ways: leave it as it is
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _write_flushed(path: Path, text: str) -> None:
