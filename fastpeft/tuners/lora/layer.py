@@ -66,9 +66,14 @@ class LoraLayer(nn.Module, BaseTunerLayer):
             lora_alpha: numerator of the scaling, likewise.
             config: a LoraConfig.
         """
-        check_adapter(self.base, self.get_base_layer(), adapter_name, r, config, kwargs.get("target_name", ""))
+        check_adapter(self.base, self.get_base_layer(), r, config, kwargs.get("target_name", ""))
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before it is replaced")
+        if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
+            kind = type(self.get_base_layer()).__name__
+            warnings.warn(
+                f"lora_bias=True on a {kind} without bias: the adapter cannot be merged", PeftWarning, stacklevel=2
+            )
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_rslora[adapter_name] = config.use_rslora
@@ -265,7 +270,7 @@ class Embedding(LoraLayer):
     """LoRA on nn.Embedding; reports show `lora.Embedding`."""
 
 
-def check_adapter(base: Base, module: nn.Module, adapter_name: str, r: int, config: Any, where: str = "") -> None:
+def check_adapter(base: Base, module: nn.Module, r: int, config: Any, where: str = "") -> None:
     """Raise for an adapter that this base layer cannot take; nothing has been created then.
 
     Raises:
@@ -274,12 +279,6 @@ def check_adapter(base: Base, module: nn.Module, adapter_name: str, r: int, conf
     at = f" for {where}" if where else ""
     if isinstance(r, bool) or not isinstance(r, numbers.Integral) or r <= 0:
         raise ValueError(f"the rank r must be a positive integer, got {r!r}{at}; see r and rank_pattern")
-    if not config.lora_bias:
-        return
-    kind = type(module).__name__
-    if not base.supports_lora_bias:
+    if config.lora_bias and not base.supports_lora_bias:
+        kind = type(module).__name__
         raise ValueError(f"lora_bias=True is not possible{at}: {kind} has no bias; leave it out of target_modules")
-    if getattr(module, "bias", None) is None:
-        warnings.warn(
-            f"lora_bias=True{at}, a {kind} without bias: the adapter cannot be merged", PeftWarning, stacklevel=3
-        )

@@ -32,7 +32,7 @@ class LoraModel(BaseTuner):
         module = target.get_base_layer() if isinstance(target, LoraLayer) else target
         r = resolve_pattern(peft_config.rank_pattern, current_key, peft_config.r)
         base = base_for(module, current_key)
-        check_adapter(base, module, "", r, peft_config, current_key)
+        check_adapter(base, module, r, peft_config, current_key)
 
     def _create_and_replace(
         self,
