@@ -3,8 +3,13 @@
 It spills nothing, fits shared memory, and runs on the matrix units where it should.
 """
 
+import importlib
+import pkgutil
+
 import pytest
 from compile_cost import COMPILED_AS, Compiler, discover
+
+from fastpeft_kernels import gpu
 
 CASES = discover("fastpeft_kernels.gpu")
 TARGETS = (80, 90, 100)
@@ -42,3 +47,16 @@ def test_fits_consumer_shared_memory(compiler: Compiler, key: str, capability: i
 def test_compiles_for_amd(compiler: Compiler, key: str) -> None:
     """Nothing here is tuned for gfx942; what is chosen for any GPU must at least compile."""
     compiler.compile(key, "hip:gfx942")
+
+
+def test_every_kernel_is_compiled():
+    """A kernel that no compile case names would be checked by nothing here."""
+    compiled = {case.fn for case in CASES.values()}
+    kernels = {
+        f"{info.name}.{name}": value
+        for info in pkgutil.iter_modules(gpu.__path__)
+        for name, value in vars(importlib.import_module(f"{gpu.__name__}.{info.name}")).items()
+        if name.endswith("_kernel")
+    }
+    assert kernels
+    assert [name for name, kernel in kernels.items() if kernel not in compiled] == []
