@@ -28,8 +28,8 @@ def prepare_model_for_kbit_training(
     Args:
         model: a transformers model; changed in place.
         use_gradient_checkpointing: for a quantised model, recompute activations in the backward.
-        gradient_checkpointing_kwargs: passed on to `model.gradient_checkpointing_enable`. Reentrant checkpointing
-            (the default of torch) needs an input that requires grad, so the embedding's output is made to.
+        gradient_checkpointing_kwargs: passed on to the model's own method. Unless they say use_reentrant=False, the
+            embedding's output is made to require grad: reentrant checkpointing needs that of its input.
         auto_clear_cache: give the memory of the 16-bit copies back to the device.
 
     Returns:
@@ -49,10 +49,10 @@ def prepare_model_for_kbit_training(
             torch.accelerator.empty_cache()
 
     if use_gradient_checkpointing and (in_kbit or has_packed_weights):
-        options = gradient_checkpointing_kwargs or {}
-        if options.get("use_reentrant", True):
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
             model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        new_name = getattr(model, "activation_checkpointing_enable", None)  # of the method below, in later releases
+        (new_name or model.gradient_checkpointing_enable)(gradient_checkpointing_kwargs)
     return model
 
 
