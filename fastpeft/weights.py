@@ -86,9 +86,10 @@ def check_pair(weights: Path, config: PeftConfig | None = None) -> None:
     signature = config.signature()
     if signature == seal.config:
         return
-    saved, found = json.loads(seal.config), json.loads(signature)
+    defaults = type(config)().to_dict()
+    saved, found = (defaults | json.loads(text) for text in (seal.config, signature))
     differences = [
-        f"{name} was {saved.get(name, 'the default')!r} and is {found.get(name, 'the default')!r}"
+        f"{name} was {saved.get(name)!r} and is {found.get(name)!r}"
         for name in sorted(saved.keys() | found.keys())
         if saved.get(name) != found.get(name)
     ]

@@ -226,7 +226,8 @@ def test_the_signature_follows_what_changes_the_weights_meaning():
     base = LoraConfig(target_modules=["q", "v"])
     for other in (
         LoraConfig(target_modules={"v", "q"}, inference_mode=True, base_model_name_or_path="moved", revision="2"),
-        LoraConfig(target_modules=["q", "v"], task_type="CAUSAL_LM", lora_dropout=0.1, peft_version="0.9.0"),
+        LoraConfig(target_modules=["q", "v"], task_type="CAUSAL_LM", lora_dropout=0.1, init_lora_weights=False),
+        LoraConfig(target_modules=["q", "v"], peft_version="0.9.0", auto_mapping={"parent_library": "x"}),
     ):
         assert other.signature() == base.signature()
     for other in (

@@ -117,7 +117,8 @@ class LoraConfig(PeftConfig):
     kasa_config: dict[str, Any] | None = field(default=None)
     ensure_weight_tying: bool = field(default=False)
 
-    _bookkeeping: ClassVar[frozenset[str]] = PeftConfigMixin._bookkeeping | {"lora_dropout"}
+    # How factors start is past once they are trained: no initialisation that is built touches the base weight.
+    _bookkeeping: ClassVar[frozenset[str]] = PeftConfigMixin._bookkeeping | {"lora_dropout", "init_lora_weights"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
