@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastpeft.config import PeftConfig
 from fastpeft.model_card import write_model_card
 from fastpeft.persistence import SavedAdapters
-from fastpeft.recognition import public_class, recognised_class
+from fastpeft.recognition import recognise_parts, recognised_class
 from fastpeft.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
@@ -90,19 +90,13 @@ class PeftModel(SavedAdapters, nn.Module):
             model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
         )
         self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        recognise_parts(self)
 
         if _checkpoints_activations(model):
             self.prepare_model_for_gradient_checkpointing(model)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
             config.pretraining_tp = 1  # slices of a weight would pass the adapter layer by
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        if public_class(type(self)) is type(self):
-            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
-        # The class was made at run time and cannot be imported: name the public one, and join again on arrival.
-        state = self.__getstate__()  # type: ignore[no-untyped-call]
-        return _new_instance, (public_class(type(self)),), state
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -220,6 +214,7 @@ class PeftModel(SavedAdapters, nn.Module):
             del self.peft_config[adapter_name]
             raise
         self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        recognise_parts(self)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter the active one, and trainable unless `inference_mode`; all others become frozen.
@@ -364,13 +359,6 @@ def _checkpoints_activations(model: nn.Module) -> bool:
 
 def _require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     output.requires_grad_(True)
-
-
-def _new_instance(cls: type[PeftModel]) -> PeftModel:
-    """An empty instance for unpickling and copying to fill."""
-    instance = cls.__new__(cls)
-    instance.__class__ = recognised_class(cls)
-    return instance
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,8 @@ from fastpeft.checkpoint import (
     set_peft_model_state_dict,
 )
 from fastpeft.config import PeftConfig
+from fastpeft.tuners.tuners_utils import BaseTunerLayer
+from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
 from fastpeft.utils.other import infer_device
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PeftType
 
@@ -321,12 +323,16 @@ def _warn_unmatched(result: _IncompatibleKeys, model_id: str | os.PathLike[str])
 def _restorer(model: nn.Module) -> Callable[[PeftModel | None], None]:
     """A function that makes the model what it is now, given the wrapper that was put on it or None if it got none."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    active = [list(layer.active_adapters) for layer in layers]
     training, adapters = model.training, set(getattr(model, "peft_config", None) or ())
 
     def restore(wrapped: PeftModel | None) -> None:
         if wrapped is not None and adapters:
             for name in wrapped.peft_config.keys() - adapters:
                 wrapped.delete_adapter(name)
+            for layer, names in zip(layers, active, strict=True):
+                layer.set_adapter(names)
         elif wrapped is not None:
             wrapped.base_model.unload()
         if not adapters:

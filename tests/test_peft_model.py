@@ -599,15 +599,17 @@ def test_a_config_that_is_not_the_weights_own_is_noticed(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-@pytest.mark.filterwarnings("ignore:this model has adapters already")
+@pytest.mark.filterwarnings("ignore:this model has adapters already", "ignore:adapter 'second' was active")
 def test_a_failed_load_leaves_adapters_that_were_there(tmp_path):
     adapted().save_pretrained(tmp_path)
     misshape(tmp_path / "adapter_model.safetensors")
     model = adapted()
+    model.add_adapter("another", config_for("llama"))
+    model.base_model.set_adapter(["default", "another"])
     expected, before = logits(model), snapshot(model)
     with pytest.raises(RuntimeError, match="shape"):
         PeftModel.from_pretrained(model.get_base_model(), tmp_path, adapter_name="second")
-    assert list(model.peft_config) == ["default"]
+    assert list(model.peft_config) == ["default", "another"]
     assert_same_state(model, before)
     assert torch.equal(logits(model), expected)
 

@@ -12,9 +12,7 @@ import pytest
 import torch
 import train_child
 from models import TARGETS, TASK_TYPES, batch, build, tiny_llama
-from torch import nn
 
-import fastpeft
 from fastpeft import LoraConfig, get_peft_model
 from fastpeft.integrations.transformers import AdapterTrainerMixin
 
@@ -156,39 +154,6 @@ def test_mixin_saves_and_loads_several_adapters(tmp_path):
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.other.weight"
-
-
-@pytest.mark.skipif(not HAS_PEFT, reason="needs reference PEFT")
-@pytest.mark.parametrize("family", list(TASK_TYPES))
-def test_others_recognise_an_adapter_model(family):
-    import peft
-    from accelerate.utils import is_peft_model
-    from transformers.trainer_utils import _is_peft_model, unwrap_peft_model
-
-    config = LoraConfig(r=2, target_modules=TARGETS[family], task_type=TASK_TYPES[family])
-    model = get_peft_model(build(family), config)
-    assert isinstance(model, peft.PeftModel)
-    assert isinstance(model, getattr(peft, type(model).__name__))
-    assert isinstance(model, fastpeft.PeftModel)
-    assert is_peft_model(model)
-    assert _is_peft_model(model)
-    assert unwrap_peft_model(model) is model.get_base_model()
-
-
-@pytest.mark.skipif(not HAS_PEFT, reason="needs reference PEFT")
-def test_nothing_of_reference_peft_runs_in_our_models():
-    """Each name of their class is either ours, or torch's and transformers', or not there."""
-    model = get_peft_model(nn.Sequential(nn.Linear(3, 5)), LoraConfig(r=2, target_modules=["0"]))
-    for klass in type(model).__mro__:
-        if klass.__module__.partition(".")[0] != "peft":
-            continue
-        for name in vars(klass):
-            if name.startswith("__") and name.endswith("__"):
-                continue
-            found = next(base for base in type(model).__mro__ if name in vars(base))
-            assert found.__module__.partition(".")[0] != "peft", name
-            if type(vars(found)[name]).__name__ == "_Hidden":
-                assert not hasattr(model, name)
 
 
 # ---- activation checkpointing ----

@@ -193,7 +193,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Attributes that the wrapper lacks are those of the module that would run (`lm_head.weight`, ...)."""
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)  # not super(): see fastpeft.recognition
         except AttributeError:
             # half built, being copied, or asked for a protocol method: nothing to forward to
             if name.startswith("__") or "original_module" not in self.__dict__.get("_modules", {}):
