@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +96,17 @@ def delete_adapter(
     if was_active:
         set_auxiliary_adapter(model, new)
     return new or None
+
+
+@contextmanager
+def keep_trainability(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the parameters that are there now end with the requires_grad they have now."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
 
 
 def freeze_base_model(

@@ -15,6 +15,7 @@ from fastpeft.tuners.switching import (
     check_not_merged,
     delete_adapter,
     freeze_base_model,
+    keep_trainability,
     set_adapter,
     set_requires_grad,
 )
@@ -173,23 +174,34 @@ class BaseTuner(nn.Module, ABC):
         config = self.peft_config[adapter_name]
         keys = self._plan(config, model, adapter_name, state_dict)
 
-        has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-        trainability = [(p, p.requires_grad) for p in model.parameters()] if has_adapters else []
-        self._discard_existing(model, adapter_name)
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            for key in keys:
-                parent, target, name = get_submodules(model, key)
-                self._create_and_replace(config, adapter_name, target, name, parent, current_key=key)
-        self.targeted_module_names += [key for key in keys if key not in set(self.targeted_module_names)]
+        is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        with nullcontext() if is_first else keep_trainability(model):
+            self._create_layers(config, model, adapter_name, keys, low_cpu_mem_usage)
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            self._mark_only_adapters_as_trainable(model)
+            is_active = adapter_name in self.active_adapters
+            model_config = self.get_model_config(model)
+            set_additional_trainable_modules(model, config, model_config, adapter_name, activate_adapter=is_active)
+        known = set(self.targeted_module_names)
+        self.targeted_module_names += [key for key in keys if key not in known]
 
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        self._mark_only_adapters_as_trainable(model)
-        is_active = adapter_name in self.active_adapters
-        set_additional_trainable_modules(
-            model, config, self.get_model_config(model), adapter_name, activate_adapter=is_active
-        )
-        for parameter, requires_grad in trainability:
-            parameter.requires_grad = requires_grad
+    def _create_layers(
+        self, config: Any, model: nn.Module, adapter_name: str, keys: list[str], low_cpu_mem_usage: bool
+    ) -> None:
+        """Put the adapter on all the modules, or, should that fail halfway (out of memory), on none."""
+        self._discard_existing(model, adapter_name)
+        try:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                for key in keys:
+                    parent, target, name = get_submodules(model, key)
+                    self._create_and_replace(config, adapter_name, target, name, parent, current_key=key)
+        except BaseException:
+            self._discard_existing(model, adapter_name)
+            for key in keys:
+                parent, layer, name = get_submodules(model, key)
+                if isinstance(layer, self.tuner_layer_cls) and not layer._get_available_adapters():
+                    setattr(parent, name, layer.base_layer)
+            raise
 
     def _plan(
         self, config: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None

@@ -176,6 +176,33 @@ def test_a_failed_injection_leaves_the_model_alone(options, error, match):
     assert_unchanged(tuner, before)
 
 
+def test_running_out_of_memory_halfway_leaves_the_model_alone(monkeypatch):
+    model = models.tiny_llama()
+    before = snapshot(model)
+    create, calls = LoraLayer.update_layer, []
+
+    def fail_at_the_third(layer, *args, **kwargs):
+        calls.append(layer)
+        create(layer, *args, **kwargs)
+        if len(calls) == 3:
+            raise MemoryError("boom")
+
+    monkeypatch.setattr(LoraLayer, "update_layer", fail_at_the_third)
+    with pytest.raises(MemoryError, match="boom"):
+        LoraModel(model, LoraConfig(target_modules=["q_proj", "v_proj"]), "default")
+    assert_unchanged(model, before)
+    monkeypatch.undo()
+    tuner = LoraModel(model, LoraConfig(target_modules=["q_proj"]), "default")
+    before, out = snapshot(tuner), logits(tuner)
+    calls.clear()
+    monkeypatch.setattr(LoraLayer, "update_layer", fail_at_the_third)
+    tuner.peft_config["second"] = LoraConfig(target_modules=["q_proj", "v_proj"])
+    with pytest.raises(MemoryError, match="boom"):
+        tuner.inject_adapter(tuner.model, "second")
+    assert_unchanged(tuner, before)
+    assert torch.equal(logits(tuner), out)
+
+
 def test_modules_to_save_cannot_be_an_adapted_layer_or_part_of_one():
     tuner = tuner_of(name="q_proj", target_modules=["q_proj"])
     before = snapshot(tuner)
