@@ -535,6 +535,27 @@ def test_model_card(tmp_path):
     assert again.count(f"- fastpeft {fastpeft.__version__}") == 1
 
 
+def test_push_to_hub_uploads_the_adapter(monkeypatch):
+    import types
+
+    from huggingface_hub import ModelCard
+    from transformers.utils import hub
+
+    uploaded = {}
+
+    def create_commit(repo_id, operations, **kwargs):
+        uploaded[repo_id] = sorted(operation.path_in_repo for operation in operations)
+
+    def create_repo(repo_id, **kwargs):
+        return types.SimpleNamespace(repo_id=repo_id)
+
+    api = types.SimpleNamespace(create_repo=create_repo, create_commit=create_commit)
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("a card"))
+    adapted().push_to_hub("me/adapter")
+    assert uploaded == {"me/adapter": ["README.md", "adapter_config.json", "adapter_model.safetensors"]}
+
+
 def test_model_card_tells_the_quantisation(tmp_path):
     base = tiny_llama()
     base.config.quantization_config = {"load_in_4bit": True}
