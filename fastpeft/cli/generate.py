@@ -1,0 +1,142 @@
+"""fastpeft generate."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastpeft.cli.errors import CommandError
+from fastpeft.cli.train_options import Precision
+
+SAMPLING = "Sampling"
+
+
+def generate(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to go on from.")] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option("--prompts-file", "-f", help='Prompts from a file: one a line, or .jsonl with "prompt".'),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "-b", help="Base model folder or hub id; default: the one the adapter names."),
+    ] = None,
+    no_adapter: Annotated[
+        bool, typer.Option("--no-adapter", help="Switch the adapter off: what the base alone says.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to add.", rich_help_panel=SAMPLING)
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token every time.", rich_help_panel=SAMPLING)
+    ] = 0.8,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1.0, help="Choose among the likeliest tokens of this mass.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.95,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Choose among so many tokens; 0 for no limit.", rich_help_panel=SAMPLING)
+    ] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.01, help="Above 1: avoid what was said.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Texts a prompt.", rich_help_panel=SAMPLING)] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same text.", rich_help_panel=SAMPLING)] = None,
+    stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help='Also write .jsonl rows of "prompt" and "completion".')
+    ] = None,
+    dtype: Annotated[Precision, typer.Option(help="Precision of the base.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Write text with a base model and an adapter.
+
+    \b
+    Examples:
+      fastpeft generate my-adapter "And it came to pass"
+      fastpeft generate my-adapter --prompts-file prompts.txt --temperature 0 --output texts.jsonl
+      fastpeft generate my-adapter "Once" --base ./llama --samples 3 --seed 1
+      fastpeft generate my-adapter "Once" --no-adapter
+    """
+    texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    if not texts:
+        raise CommandError("no prompt: give one in quotes, or a file with --prompts-file")
+    if output and output.exists():
+        raise CommandError(f"{output} exists: give another file with --output")
+    from fastpeft.cli.models import base_of, load_adapter, load_base, load_tokenizer
+
+    where = base_of(adapter, base)
+    tokenizer = load_tokenizer(where)
+    model = load_adapter(load_base(where, dtype, device), adapter)
+    rows = []
+    choices = sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    for number, prompt in enumerate(text for text in texts for _ in range(samples)):
+        if number:
+            print()
+        completion = complete(model, tokenizer, prompt, choices, stream=stream, adapter=not no_adapter)
+        rows.append({"prompt": prompt, "completion": completion})
+        if not stream:
+            print(prompt + completion)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; in a .jsonl file under "prompt"."""
+    if not file.is_file():
+        raise CommandError(f"no prompts file at {file}: give a .txt file with one prompt a line, or a .jsonl file")
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise CommandError(f"{file} holds no prompt: write one a line")
+    if file.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CommandError(f'{file}, line {number}: expected a JSON object with "prompt"') from error
+    return prompts
+
+
+def sampling(
+    max_new_tokens: int, temperature: float, top_p: float, top_k: int, repetition_penalty: float
+) -> dict[str, Any]:
+    """The arguments of generate(); temperature 0 is greedy, and then the other choices have nothing to choose from."""
+    choices: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+    if temperature == 0:
+        return choices | {"do_sample": False}
+    return choices | {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+def complete(
+    model: Any, tokenizer: Any, prompt: str, choices: dict[str, Any], stream: bool = False, adapter: bool = True
+) -> str:
+    """What the model adds to the prompt."""
+    from contextlib import nullcontext
+
+    import torch
+    from transformers import TextStreamer
+
+    inputs = tokenizer(prompt or tokenizer.bos_token or "", return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1]
+    if limit and length + choices["max_new_tokens"] > limit:
+        raise CommandError(
+            f"the model reads {limit} tokens: {length} of the prompt and --max-new-tokens {choices['max_new_tokens']} "
+            "are more; shorten one of them"
+        )
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    with torch.no_grad(), nullcontext() if adapter else model.disable_adapter():
+        ids = model.generate(**inputs, **choices, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(ids[0, length:], skip_special_tokens=True)
