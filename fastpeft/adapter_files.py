@@ -20,79 +20,20 @@ a seal, such as those that reference PEFT wrote, are read as they are.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from fastpeft.sealed_file import read_seal, seal_of, write_tensors
 from fastpeft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from fastpeft.utils.error import PeftError
 
 _STAGE_PREFIX = ".fastpeft-save-"
 _ABANDONED_AFTER = 3600.0  # seconds: a hidden folder that old belongs to a save that was killed
-_SEAL_RECORD = "fastpeft_seal.json"  # its name inside adapter_model.bin, which is a zip archive
-
-
-class AdapterFileError(PeftError, ValueError):
-    """A file of an adapter is missing, unreadable, or does not hold what it should."""
-
-
-class MixedAdapterError(AdapterFileError):
-    """The config and the weights in one folder belong to two different saves."""
-
-
-@dataclass(frozen=True)
-class Seal:
-    """What a weights file knows about the pair it belongs to.
-
-    Attributes:
-        config: canonical JSON of the config fields that decide what the weights mean (PeftConfig.signature).
-        config_sha256: digest of `config`.
-        tensors_sha256: digest of every tensor's name, dtype, shape and bytes.
-    """
-
-    config: str
-    config_sha256: str
-    tensors_sha256: str
-
-    @property
-    def pair(self) -> str:
-        return hashlib.sha256(f"{self.config_sha256}{self.tensors_sha256}".encode()).hexdigest()[:16]
-
-    def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these are the tensors that were sealed, and the seal itself is whole."""
-        return self == seal_of(self.config, tensors)
-
-    def metadata(self) -> dict[str, str]:
-        """As entries of a safetensors header."""
-        return {f"fastpeft_{name}": value for name, value in vars(self).items()}
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> Seal | None:
-        names = [f"fastpeft_{name}" for name in cls.__dataclass_fields__]
-        return cls(*(metadata[name] for name in names)) if all(name in metadata for name in names) else None
-
-
-def seal_of(signature: str, tensors: Mapping[str, Tensor]) -> Seal:
-    return Seal(signature, hashlib.sha256(signature.encode()).hexdigest(), _tensors_digest(tensors))
-
-
-def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def save_pair(
@@ -118,7 +59,7 @@ def save_pair(
         name, other = other, name
     stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE_PREFIX}{seal.pair}-", dir=folder))
     try:
-        _write_weights(stage / name, tensors, seal)
+        write_tensors(stage / name, tensors, seal)
         _write_flushed(stage / CONFIG_NAME, config_text)
         # safetensors makes files that only their owner can read; an adapter is a file like any other
         os.chmod(stage / name, (stage / CONFIG_NAME).stat().st_mode)
@@ -179,85 +120,6 @@ def finish_interrupted_save(folder: Path) -> None:
                 shutil.rmtree(stage, ignore_errors=True)
         elif time.time() - stage.stat().st_mtime > _ABANDONED_AFTER:
             shutil.rmtree(stage, ignore_errors=True)
-
-
-def read_seal(weights: Path) -> Seal | None:
-    """The seal of a weights file; None where there is none or the file is not readable."""
-    try:
-        if weights.name.endswith(".safetensors"):
-            from safetensors import safe_open
-
-            with safe_open(weights, framework="pt") as file:
-                return Seal.from_metadata(file.metadata() or {})
-        with zipfile.ZipFile(weights) as archive:
-            record = next((name for name in archive.namelist() if name.endswith(f"/{_SEAL_RECORD}")), None)
-            return None if record is None else Seal.from_metadata(json.loads(archive.read(record)))
-    except Exception:  # a broken file has no seal; reading its tensors says what is wrong
-        return None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a weights file onto the CPU; no code from it is run.
-
-    Raises:
-        AdapterFileError: missing, truncated, damaged, not a dict of tensors, or a pickle that asks for code.
-    """
-    if not path.is_file():
-        raise AdapterFileError(f"there is no weights file {path}; save the adapter there first, or correct the path")
-    try:
-        tensors = _load(path)
-    except Exception as error:  # the readers raise a dozen types, from struct errors to UnpicklingError
-        raise AdapterFileError(
-            f"{path} ({path.stat().st_size} bytes) is not a readable adapter: {error}. The file is truncated or "
-            "damaged, or holds something else than tensors; save or download it again"
-        ) from error
-    if not isinstance(tensors, dict):
-        raise AdapterFileError(f"{path} should hold a dict of tensors, but holds a {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise AdapterFileError(f"{path} should hold named tensors, but {name!r} is a {type(tensor).__name__}")
-    seal = read_seal(path)
-    if seal is not None and not seal.is_of(tensors):
-        raise AdapterFileError(
-            f"{path} is damaged: its content is not what the digest inside it was made of. Save or download it again"
-        )
-    return tensors
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    if path.name.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return tensors
-
-
-def _write_weights(path: Path, tensors: Mapping[str, Tensor], seal: Seal) -> None:
-    if path.name.endswith(".safetensors"):
-        from safetensors.torch import save_file
-
-        save_file(dict(tensors), path, metadata={"format": "pt"} | seal.metadata())
-        _sort_metadata(path)
-    else:
-        torch.save(dict(tensors), path)
-        with zipfile.ZipFile(path, "a") as archive:
-            root = archive.namelist()[0].partition("/")[0]
-            archive.writestr(f"{root}/{_SEAL_RECORD}", json.dumps(seal.metadata()))
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata in order: safetensors writes it in a random one, and equal adapters should be equal files."""
-    with open(path, "rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # else a name that JSON can write in two ways: leave it as it is
-            file.seek(8)
-            file.write(text.ljust(length))
 
 
 def _write_flushed(path: Path, text: str) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from fastpeft import adapter_files
-from fastpeft.adapter_files import AdapterFileError, MixedAdapterError
 from fastpeft.adapter_keys import (
     adapter_prefixes,
     bias_keys,
@@ -28,6 +27,7 @@ from fastpeft.adapter_keys import (
 )
 from fastpeft.config import PeftConfig
 from fastpeft.saved_embeddings import embedding_keys
+from fastpeft.sealed_file import AdapterFileError, MixedAdapterError, read_tensors
 from fastpeft.tuners.tuners_utils import BaseTunerLayer
 from fastpeft.utils.modules import storage_identity
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
@@ -180,8 +180,8 @@ def read_adapter_files(directory: str | os.PathLike[str]) -> tuple[PeftConfig, d
     weights = adapter_files.find_weights(folder)
     if weights is None:
         raise AdapterFileError(f"{folder} has a config but no weights; it holds {sorted(os.listdir(folder))[:8]}")
-    tensors = adapter_files.read_tensors(weights)
-    check_pair(weights, config)
+    tensors, seal = read_tensors(weights)
+    check_pair(weights, seal, config)
     return config, tensors
 
 
@@ -192,8 +192,8 @@ def reseal_adapter(directory: str | os.PathLike[str]) -> None:
     weights = adapter_files.find_weights(folder)
     if weights is None:
         raise AdapterFileError(f"{folder} has no weights to go with its config; save the adapter there first")
-    is_safetensors = weights.suffix == ".safetensors"
-    save_adapter_files(folder, config, adapter_files.read_tensors(weights), safe_serialization=is_safetensors)
+    tensors, _ = read_tensors(weights)
+    save_adapter_files(folder, config, tensors, safe_serialization=weights.suffix == ".safetensors")
 
 
 def adapter_folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:

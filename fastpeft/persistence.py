@@ -155,7 +155,7 @@ class SavedAdapters(PushToHubMixin):
         config.inference_mode = not is_trainable
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        weights = _read_weights(model_id, options, key_mapping, hub, check_config=not own_config)
+        weights = _read_weights(model_id, options, key_mapping, hub, check_config=False if own_config else config)
 
         restore = _restorer(model)
         model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cast("type[PeftModel]", cls))
@@ -201,7 +201,7 @@ class SavedAdapters(PushToHubMixin):
         hub, options = _split_load_kwargs({**kwargs, "torch_device": torch_device}, ephemeral_gpu_offload)
         is_new = adapter_name not in model.peft_config
         config = PeftConfig.from_pretrained(model_id, **hub) if is_new else None
-        weights = _read_weights(model_id, options, key_mapping, hub)
+        weights = _read_weights(model_id, options, key_mapping, hub, check_config=config or True)
         if config is not None:
             model._check_new_adapter_config(config, is_trainable=is_trainable)
             config.inference_mode = not is_trainable
@@ -273,7 +273,7 @@ def _read_weights(
     options: dict[str, Any],
     key_mapping: dict[str, str] | None,
     hub: dict[str, Any],
-    check_config: bool = True,
+    check_config: bool | PeftConfig = True,
 ) -> dict[str, Tensor]:
     device = options.get("torch_device") or infer_device()
     return load_peft_weights(

@@ -17,15 +17,9 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from torch import Tensor
 from transformers.utils.hub import http_user_agent
 
-from fastpeft.adapter_files import (
-    AdapterFileError,
-    MixedAdapterError,
-    find_config,
-    find_weights,
-    read_seal,
-    read_tensors,
-)
+from fastpeft.adapter_files import find_config, find_weights
 from fastpeft.config import PeftConfig
+from fastpeft.sealed_file import AdapterFileError, MixedAdapterError, Seal, read_tensors
 from fastpeft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from fastpeft.utils.other import infer_device
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -38,7 +32,7 @@ def load_peft_weights(
     device: str | torch.device | None = None,
     key_mapping: dict[str, str] | None = None,
     *,
-    check_config: bool = True,
+    check_config: bool | PeftConfig = True,
     **hf_hub_download_kwargs: Any,
 ) -> dict[str, Tensor]:
     """The weights of a saved adapter.
@@ -47,8 +41,8 @@ def load_peft_weights(
         model_id: folder that holds adapter_model.safetensors or adapter_model.bin, or a hub id.
         device: where to put them; this machine's accelerator unless given.
         key_mapping: patterns to replacements. Each key, without its "base_model.model.", takes the first that fits it.
-        check_config: notice weights that were saved with another config than the one beside them. Switch it off to use
-            them with a config of your own.
+        check_config: notice weights that were saved with another config than the one beside them, or than this one if
+            it was read before. Switch it off to use them with a config of your own.
         hf_hub_download_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, ...
 
     Returns:
@@ -59,35 +53,28 @@ def load_peft_weights(
         MixedAdapterError: the config beside the weights is not the one they were saved with.
     """
     path = _weights_file(model_id, dict(hf_hub_download_kwargs))
-    tensors = read_tensors(path)
+    tensors, seal = read_tensors(path)
     _check_finite(path, tensors)
-    if check_config:
-        check_pair(path)
+    if seal is not None and check_config is not False:
+        check_pair(path, seal, _config_beside(path) if check_config is True else check_config)
     if key_mapping:
         tensors = {_mapped(key, key_mapping): tensor for key, tensor in tensors.items()}
     device = torch.device(infer_device() if device is None else device)
     return {key: tensor.to(device) for key, tensor in tensors.items()}
 
 
-def check_pair(weights: Path, config: PeftConfig | None = None) -> None:
-    """Raise MixedAdapterError unless weights and config are of one save.
+def check_pair(weights: Path, seal: Seal | None, config: PeftConfig | None) -> None:
+    """Raise MixedAdapterError unless a weights file and a config are of one save.
 
     Args:
-        weights: a weights file. One without a seal, as reference PEFT writes it, goes with any config.
-        config: the config beside it unless given.
+        weights: the file, for the message.
+        seal: its seal. Weights without one, as reference PEFT writes them, go with any config.
+        config: the config that was found with it, if any.
     """
-    seal = read_seal(weights)
-    if seal is None or (config is None and find_config(weights.parent) is None):
-        return
-    if config is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whoever loads this config in earnest warns
-            config = PeftConfig.from_pretrained(weights.parent)
-    signature = config.signature()
-    if signature == seal.config:
+    if seal is None or config is None or config.signature() == seal.config:
         return
     defaults = type(config)().to_dict()
-    saved, found = (defaults | json.loads(text) for text in (seal.config, signature))
+    saved, found = (defaults | json.loads(text) for text in (seal.config, config.signature()))
     differences = [
         f"{name} was {saved.get(name)!r} and is {found.get(name)!r}"
         for name in sorted(saved.keys() | found.keys())
@@ -98,6 +85,14 @@ def check_pair(weights: Path, config: PeftConfig | None = None) -> None:
         f"{'; '.join(differences)}. One of the two files was replaced, copied alone, or edited. Restore it; or, if the "
         f"config is right as it is, call fastpeft.checkpoint.reseal_adapter({os.fspath(weights.parent)!r}) once"
     )
+
+
+def _config_beside(weights: Path) -> PeftConfig | None:
+    if find_config(weights.parent) is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever loads this config in earnest warns
+        return PeftConfig.from_pretrained(weights.parent)
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

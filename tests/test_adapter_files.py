@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastpeft import adapter_files
-from fastpeft.adapter_files import AdapterFileError, MixedAdapterError, read_seal, read_tensors
 from fastpeft.checkpoint import (
     adapter_folder,
     load_peft_weights,
@@ -25,6 +24,7 @@ from fastpeft.checkpoint import (
     save_adapter_files,
 )
 from fastpeft.config import PeftConfig
+from fastpeft.sealed_file import AdapterFileError, MixedAdapterError, read_seal, read_tensors, seal_of
 from fastpeft.tuners.lora.config import LoraConfig
 
 KEY = "base_model.model.q.lora_A.weight"
@@ -139,13 +139,27 @@ def test_an_interrupted_save_leaves_the_old_adapter_or_the_new_one(tmp_path, bef
         assert seen == [old] * seen.count(old) + [2] * seen.count(2)  # from some step on it is the new one, for good
 
 
+def test_an_interrupt_right_after_the_first_rename_loses_nothing(tmp_path, monkeypatch):
+    save_adapter_files(tmp_path, *adapter(1))
+    rename = os.replace
+
+    def interrupted(*args):
+        rename(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_files.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter_files(tmp_path, *adapter(2))
+    assert value_in(tmp_path) == 2
+
+
 def state_between_the_renames(folder):
     """A folder whose save was killed after the weights and before the config were put in place."""
     for step in range(100):
         shutil.rmtree(folder)
         save_adapter_files(folder, *adapter(1))
         assert interrupt(step, "kill", partial(save_adapter_files, folder, *adapter(2))) == "killed", "no such state"
-        if read_tensors(folder / "adapter_model.safetensors")[KEY][0, 0] == 2:
+        if read_tensors(folder / "adapter_model.safetensors")[0][KEY][0, 0] == 2:
             break
     assert PeftConfig.from_json_file(folder / "adapter_config.json")["lora_alpha"] == 1
     return next(folder.glob(".fastpeft-save-*"))
@@ -219,11 +233,13 @@ def test_a_save_leaves_the_files_of_the_format_and_nothing_else(tmp_path, safe):
     assert len(modes) == 1  # safetensors alone would make a file that only its owner can read
 
 
-def test_equal_adapters_give_equal_files(tmp_path):
-    for name in ("a", "b"):
-        save_adapter_files(tmp_path / name, *adapter(1, target_modules=["q", "v", "k"]))
-    for name in FILES:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+@pytest.mark.parametrize("safe", [True, False])
+def test_equal_adapters_give_equal_files(tmp_path, safe, monkeypatch):
+    for name, time in (("a", 1e9), ("b", 1.5e9), ("c", 1.7e9)):
+        monkeypatch.setattr("time.time", lambda time=time: time)
+        save_adapter_files(tmp_path / name, *adapter(1, target_modules=["q", "v", "k"]), safe_serialization=safe)
+    for name in names_in(tmp_path / "a"):
+        assert len({(tmp_path / folder / name).read_bytes() for folder in "abc"}) == 1
 
 
 def test_shared_strided_and_odd_tensors_are_stored_by_value(tmp_path):
@@ -411,6 +427,15 @@ def test_fp8_weights_are_checked_too(tmp_path):
         load_peft_weights(tmp_path, device="cpu")
 
 
+def test_a_save_between_two_reads_is_noticed(tmp_path):
+    """A reader that has the old config and gets the new weights must not make a model of the two."""
+    save_adapter_files(tmp_path, *adapter(1))
+    config = PeftConfig.from_pretrained(tmp_path)
+    save_adapter_files(tmp_path, *adapter(2))
+    with pytest.raises(MixedAdapterError, match="lora_alpha was 2 and is 1"):
+        load_peft_weights(tmp_path, device="cpu", check_config=config)
+
+
 # ---- finding weights ----
 
 
@@ -482,7 +507,7 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
 def test_the_seal_is_in_the_file_and_reference_readers_do_not_mind(tmp_path, safe):
     path = weights_of(tmp_path, safe)
     seal = read_seal(path)
-    assert seal == adapter_files.seal_of(adapter(1)[0].signature(), adapter(1)[1])
+    assert seal == seal_of(adapter(1)[0].signature(), adapter(1)[1])
     if safe:
         from safetensors import safe_open
 
@@ -500,4 +525,4 @@ def test_a_file_without_a_seal_is_read_as_it_is(tmp_path):
     assert load_peft_weights(tmp_path / "theirs", device="cpu")[KEY][0, 0] == 1
     torch.save({KEY: torch.ones(1)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     assert read_seal(tmp_path / "old.bin") is None
-    assert read_tensors(tmp_path / "old.bin")[KEY] == 1
+    assert read_tensors(tmp_path / "old.bin")[0][KEY] == 1
