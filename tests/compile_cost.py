@@ -160,6 +160,13 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         return run("-res-usage"), run("-sass")
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came from; a compiler's outer error tells the place, the innermost the reason."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
 def _requests() -> Iterator[dict[str, str]]:
     for line in sys.stdin:
         yield json.loads(line)
@@ -176,7 +183,7 @@ def _serve(package: str) -> None:
         try:
             answer: dict[str, Any] = {"cost": _compile(cases[request["case"]], request["target"])}
         except Exception as error:  # any failure of the compiler is the answer
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": "\n".join(f"{type(e).__name__}: {e}" for e in _causes(error))}
         print(json.dumps(answer), file=answers)
 
 
