@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,9 @@ def _compile(case: Any, target: str) -> dict[str, int] | None:
     from triton.compiler import ASTSource
 
     kind, arch = target.split(":")
+    gpu = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
+    # Kernels may ask triton.language.target_info which GPU they are for; it asks the driver, which there is none of.
+    triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: gpu))
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, type_) in enumerate(case.signature.items())
@@ -128,7 +132,7 @@ def _compile(case: Any, target: str) -> dict[str, int] | None:
     }
     compiled = triton.compile(
         ASTSource(case.fn, dict(case.signature), dict(case.constexprs), attrs),
-        target=GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64),
+        target=gpu,
         options={"num_warps": case.num_warps, "num_stages": case.num_stages},
     )
     if kind != "cuda":

@@ -61,6 +61,14 @@ def test_amd_target_compiles(examples):
     assert examples.compile("dots/good", "hip:gfx942") is None
 
 
+def test_kernels_that_ask_for_their_target_are_told(examples):
+    assert examples.compile("dots/asking", "cuda:90") is not None
+    with pytest.raises(RuntimeError, match=r"older than 9\.0"):
+        examples.compile("dots/asking", "cuda:80")
+    with pytest.raises(RuntimeError, match="not CUDA"):
+        examples.compile("dots/asking", "hip:gfx942")
+
+
 def test_consumer_cards_have_less_shared_memory():
     cost = Cost(registers=64, stack=0, spills=0, shared=100 * 1024, matrix=4, warp_matrix=4, bulk_copies=0)
     assert cost.complaints(CASES["dots/good"], 80) == []

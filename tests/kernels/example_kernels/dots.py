@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq, is_cuda
 
 from fastpeft_kernels.gpu._compile import CompileCase
 
@@ -36,6 +37,15 @@ def _slow_product_kernel(x_ptr, w_ptr, out_ptr, K, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], acc.to(out_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _asking_kernel(out_ptr):
+    if not is_cuda():
+        tl.static_assert(False, "asked: not CUDA")
+    if not cuda_capability_geq(9, 0):
+        tl.static_assert(False, "asked: older than 9.0")
+    tl.store(out_ptr, 1.0)
+
+
 def _product(name: str, m: int, n: int, k: int, warps: int, stages: int, **more: object) -> CompileCase:
     pointers = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16"}
     sizes = dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn"), "i32")
@@ -52,3 +62,4 @@ def compile_cases() -> Iterator[CompileCase]:
     signature = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "K": "i32", "BLOCK": "constexpr"}
     yield CompileCase("no-matrix", _slow_product_kernel, signature, {"BLOCK": 64})
     yield CompileCase("broken", _slow_product_kernel, signature, {"BLOCK": 48})
+    yield CompileCase("asking", _asking_kernel, {"out_ptr": "*fp32"}, {}, uses_matrix=False)
