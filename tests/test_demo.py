@@ -2,12 +2,14 @@
 
 import json
 import lzma
+import math
 from functools import partial
 
 import pytest
+import torch
 
 from fastpeft.cli.console import make_console
-from fastpeft.demo import BASE, CORPORA, DATA, corpus
+from fastpeft.demo import BASE, CORPORA, DATA, corpus, pretrain
 from fastpeft.demo import run as demo
 from fastpeft.demo.run import shortfalls
 
@@ -80,3 +82,21 @@ def test_missing_the_bar_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(demo, "run", lambda *_, **__: ["adapter jargon is 0.1 nats below base on its corpus, not 0.2"])
     assert main(["demo"]) == 1
     assert capsys.readouterr().err.startswith("fastpeft demo: adapter jargon")
+
+
+def test_pretraining_makes_a_model_that_loads(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    some = corpus("jargon", "train").read_text()
+    monkeypatch.setattr(pretrain, "documents", lambda: ([some[:40_000], some[40_000:80_000]], [some[80_000:90_000]]))
+    for name, value in {"WINDOW": 32, "BATCH": 4, "WARMUP": 5, "PROBE": 2, "VOCABULARY": 400}.items():
+        monkeypatch.setattr(pretrain, name, value)
+    monkeypatch.setattr("sys.argv", ["pretrain", str(tmp_path), "--minutes", "0.001"])
+    pretrain.main()
+    log = json.loads((tmp_path / "pretraining.json").read_text())
+    assert log["steps"] == 10
+    assert log["heldout_loss"] < math.log(400)
+    text = "a {foo} ž\n"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype is torch.bfloat16

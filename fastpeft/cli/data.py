@@ -123,8 +123,11 @@ def hold_out(documents: Sequence[Document], fraction: float) -> tuple[list[Docum
         head, tail = "\n\n".join(paragraphs[:-count]), "\n\n".join(paragraphs[-count:])
         return [Document(head)], [Document(tail)]
     every = max(2, round(1 / fraction))
-    held = [d for i, d in enumerate(documents) if i % every == every - 1] or [documents[-1]]
-    return [d for d in documents if not any(d is h for h in held)], held
+    chosen = set(range(every - 1, len(documents), every)) or {len(documents) - 1}
+    return (
+        [d for i, d in enumerate(documents) if i not in chosen],
+        [d for i, d in enumerate(documents) if i in chosen],
+    )
 
 
 def make_blocks(

@@ -128,6 +128,10 @@ def misfits(adapter: str, base: str) -> list[str]:
     from fastpeft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
     weights = read_weights(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except Exception as error:
+        raise CommandError(f"the config in {adapter} cannot be used: {one_line(error)}", code=1) from error
     model = empty_base(base, adapter_config(adapter).get("task_type"))
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     try:
@@ -135,8 +139,10 @@ def misfits(adapter: str, base: str) -> list[str]:
             torch.device("meta"),
             catch_warnings(action="ignore"),
         ):  # another base than the config names is the question
-            model = get_peft_model(model, PeftConfig.from_pretrained(adapter))
+            model = get_peft_model(model, config)
         expected = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    except NotImplementedError as error:
+        raise CommandError(f"cannot tell whether {adapter} fits: {one_line(error)}", code=1) from error
     except Exception as error:
         return [one_line(error)]
     found = {name: tuple(value.shape) for name, value in weights.items()}

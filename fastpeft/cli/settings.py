@@ -69,6 +69,18 @@ class TrainSettings:
     resume: bool = False
     overwrite: bool = False
 
+    def check(self) -> None:
+        """Refuse options that would do nothing here.
+
+        Raises:
+            CommandError: names the option and what it needs.
+        """
+        if not self.eval_data and self.eval_fraction == 0 and (self.load_best or self.eval_steps):
+            name = "--load-best" if self.load_best else "--eval-steps"
+            raise CommandError(f"{name} needs something to measure on: give --eval-data, or an --eval-fraction above 0")
+        if self.revision and Path(self.base).is_dir():
+            raise CommandError("--revision goes with a hub id: a model folder has only what is in it")
+
     def lora_arguments(self) -> dict[str, Any]:
         """The arguments of LoraConfig."""
         return {

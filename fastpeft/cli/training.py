@@ -1,7 +1,6 @@
 """Train a LoRA adapter with transformers' Trainer: what `fastpeft train` and the demo run."""
 
-import json
-import shutil
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ from fastpeft.cli.curves import write_curves
 from fastpeft.cli.data import Document, PadRight, hold_out, make_blocks, read_documents
 from fastpeft.cli.errors import CommandError, one_line
 from fastpeft.cli.models import load_base, load_tokenizer, resolve_base
+from fastpeft.cli.output import RECORD, check_output, open_output, step_of, write_json
 from fastpeft.cli.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Rows = list[dict[str, list[int]]]
-RECORD = "training.json"  # the settings of the run, and its result when it is done
-OURS = ("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.csv", "loss.png", RECORD, "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class TrainResult:
     model: Any  # the PeftModel, on its device
     tokenizer: Any
     steps: int
-    train_loss: float
-    eval_loss: float | None
+    train_loss: float  # of the last logged steps
+    eval_loss: float | None  # of the saved adapter
     seconds: float
     tokens: int
     trainable: int
@@ -44,10 +42,12 @@ def train(settings: TrainSettings, show: "Console | None" = None) -> TrainResult
         show: a rich Console for progress; None is silent.
 
     Raises:
-        CommandError: any argument or file that cannot be used; nothing is written before the arguments are checked.
+        CommandError: an argument or a file that cannot be used (nothing is written or removed before all of them are
+            checked), a device that is out of memory, or a training that diverged.
     """
     settings.base = resolve_base(settings.base)
-    checkpoint = prepare_output(settings)
+    settings.check()
+    checkpoint = check_output(settings)
     documents, held = load_documents(settings)
     tokenizer = load_tokenizer(settings.base, settings.revision)
     blocks = make_blocks(documents, tokenizer, settings.block_size, settings.pack)
@@ -56,73 +56,53 @@ def train(settings: TrainSettings, show: "Console | None" = None) -> TrainResult
         raise CommandError("the data is too short: not one training row of two tokens comes out of it")
     model = make_model(settings)
     trainer = make_trainer(settings, model, tokenizer, blocks, eval_blocks, show)
-
-    settings.output.mkdir(parents=True, exist_ok=True)
-    record = settings.record()
-    write_json(settings.output / RECORD, record)
-    start = time.monotonic()
-    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - start
-    log = trainer.state.log_history
-    losses = [row["eval_loss"] for row in log if "eval_loss" in row]
-    if losses and settings.load_best:
-        losses.append(trainer.state.best_metric)
-
+    open_output(settings)
+    seconds = run_trainer(trainer, checkpoint, planned_steps(settings, len(blocks)))
+    check_finite(model, settings)
     model.save_pretrained(settings.output)
+
+    log = trainer.state.log_history
+    evaluations = [row["eval_loss"] for row in log if "eval_loss" in row]
+    eval_loss = trainer.state.best_metric if settings.load_best else (evaluations or [None])[-1]
     trainable, parameters = model.get_nb_trainable_parameters()
     result = TrainResult(
-        model=model.eval(), tokenizer=tokenizer, steps=trainer.state.global_step, train_loss=output.training_loss,
-        eval_loss=losses[-1] if losses else None, seconds=seconds, tokens=trainer.state.num_input_tokens_seen,
-        trainable=trainable, parameters=parameters, png=write_curves(log, settings.output),
+        model=model.eval(), tokenizer=tokenizer, steps=trainer.state.global_step,
+        train_loss=[row["loss"] for row in log if "loss" in row][-1], eval_loss=eval_loss, seconds=seconds,
+        tokens=trainer.state.num_input_tokens_seen, trainable=trainable, parameters=parameters,
+        png=write_curves(log, settings.output),
     )  # fmt: skip
     keep = ("steps", "train_loss", "eval_loss", "seconds", "tokens", "trainable", "parameters")
-    write_json(settings.output / RECORD, record | {"result": {key: getattr(result, key) for key in keep}})
+    record = settings.record() | {"result": {key: getattr(result, key) for key in keep}}
+    write_json(settings.output / RECORD, record)
     return result
 
 
-def prepare_output(settings: TrainSettings) -> Path | None:
-    """Check the output folder; returns the checkpoint to go on from, if any."""
-    folder = settings.output
-    if folder.is_file():
-        raise CommandError(f"{folder} is a file: give another --output folder")
-    if settings.resume and settings.overwrite:
-        raise CommandError("--resume and --overwrite contradict each other: give one of them")
-    if settings.resume:
-        if not (folder / RECORD).exists():
-            raise CommandError(f"nothing to resume in {folder}: no run began there; leave --resume out")
-        settings.check_resumable(read_record(folder))
-        return last_checkpoint(folder / "checkpoints")  # None: killed before the first one, so from the start
-    if folder.exists() and any(folder.iterdir()):
-        if not settings.overwrite:
-            raise CommandError(f"{folder} is not empty: give another --output, or --resume, or --overwrite")
-        for name in OURS:  # never more than a run of ours writes: the folder may hold other things
-            path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    return None
+def run_trainer(trainer: Any, checkpoint: Path | None, planned: int) -> float:
+    """The steps themselves; returns the seconds they took."""
+    from transformers import TrainerState
 
-
-def read_record(folder: Path) -> dict[str, Any]:
+    start = time.monotonic()
+    if checkpoint and step_of(checkpoint) >= planned:  # Trainer would take one step more
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_from_checkpoint(str(checkpoint))
+        return time.monotonic() - start
     try:
-        record = json.loads((folder / RECORD).read_text())
-        return {"settings": dict(record["settings"]), "data_sha256": dict(record["data_sha256"])}
-    except (ValueError, KeyError, TypeError) as error:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no class of its own
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        advice = "lower --batch-size (and raise --accumulation), lower --block-size, or add --gradient-checkpointing"
+        raise CommandError(f"out of memory: {advice}", code=1) from error
+    return time.monotonic() - start
+
+
+def check_finite(model: Any, settings: TrainSettings) -> None:
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise CommandError(
-            f"{folder / RECORD} cannot be read ({one_line(error)}): start anew with --overwrite"
-        ) from error
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: a kill may have left a later one without its last file."""
-    whole = {}
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole[json.loads((path / "trainer_state.json").read_text())["global_step"]] = path
-        except (OSError, ValueError, KeyError):
-            continue  # Trainer writes trainer_state.json last
-    return whole[max(whole)] if whole else None
+            f"the training diverged: the adapter holds NaN or infinity and was not saved; lower --learning-rate "
+            f"(it was {settings.learning_rate:g}) and start anew with --overwrite",
+            code=1,
+        )
 
 
 def load_documents(settings: TrainSettings) -> tuple[list[Document], list[Document]]:
@@ -169,15 +149,15 @@ def make_trainer(
             **optimisation(settings, len(blocks)),
             **evaluation(settings, len(blocks), bool(eval_blocks)),
         )
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=blocks,
+            eval_dataset=eval_blocks or None,
+            data_collator=PadRight(tokenizer.pad_token_id or 0),
+        )
     except (ValueError, ImportError) as error:
         raise CommandError(f"these training options do not fit together: {one_line(error)}") from error
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=blocks,
-        eval_dataset=eval_blocks or None,
-        data_collator=PadRight(tokenizer.pad_token_id or 0),
-    )
     trainer.remove_callback(PrinterCallback)
     if show is not None:
         trainer.add_callback(Progress(show))
@@ -185,12 +165,17 @@ def make_trainer(
 
 
 def steps_an_epoch(settings: TrainSettings, rows: int) -> int:
-    return -(-rows // (settings.batch_size * settings.accumulation))
+    return math.ceil(rows / (settings.batch_size * settings.accumulation))
+
+
+def planned_steps(settings: TrainSettings, rows: int) -> int:
+    if settings.max_steps > 0:
+        return settings.max_steps
+    return math.ceil(settings.epochs * steps_an_epoch(settings, rows))
 
 
 def optimisation(settings: TrainSettings, rows: int) -> dict[str, Any]:
     """The TrainingArguments of the steps themselves."""
-    steps = settings.max_steps if settings.max_steps > 0 else settings.epochs * steps_an_epoch(settings, rows)
     return {
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps,
@@ -198,7 +183,7 @@ def optimisation(settings: TrainSettings, rows: int) -> dict[str, Any]:
         "gradient_accumulation_steps": settings.accumulation,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
-        "warmup_steps": round(settings.warmup * steps),
+        "warmup_steps": round(settings.warmup * planned_steps(settings, rows)),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "optim": settings.optimizer,
@@ -228,14 +213,8 @@ def evaluation(settings: TrainSettings, rows: int, evaluate: bool) -> dict[str, 
         }
     return measured | {
         "logging_steps": settings.log_steps,
+        "logging_nan_inf_filter": False,  # a NaN is shown, not averaged away
         "save_strategy": "steps",
         "save_steps": save_steps,
         "save_total_limit": settings.keep_checkpoints,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename: the file is whole or as before."""
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.replace(path)

@@ -14,17 +14,18 @@ from fastpeft.cli.console import make_console
 from fastpeft.cli.data import make_blocks, read_documents
 from fastpeft.cli.generate import complete, sampling
 from fastpeft.cli.models import load_adapter, load_base, load_tokenizer, quiet_libraries
+from fastpeft.cli.output import write_json
 from fastpeft.cli.settings import TrainSettings
-from fastpeft.cli.training import train, write_json
+from fastpeft.cli.training import train
 from fastpeft.demo import BASE, CORPORA, corpus
-from fastpeft.demo.measure import compare_with_reference, heldout_loss, reference_installed
+from fastpeft.demo.measure import compare_with_reference, heldout_loss, reference_installed, settle_threads
 from fastpeft.demo.picture import draw
 from fastpeft.demo.tables import print_comparison, print_losses, print_texts
 
 BAR = 0.2  # nats a token, below the base and below the other adapter
 BLOCK = 256  # tokens in a row
 MEASURE_SECONDS = 15.0  # of training steps beside reference PEFT
-PROMPTS = ("The king", "The program")
+PROMPTS = ("The king said", "A computer is")
 
 
 def run(output: Path, steps: int = 150, compare: bool = True, console: Console | None = None) -> list[str]:
@@ -37,18 +38,22 @@ def run(output: Path, steps: int = 150, compare: bool = True, console: Console |
     start = time.monotonic()
     quiet_libraries()
     dtype = fast_dtype()
+    tokenizer = load_tokenizer(str(BASE))
+    rows = {name: heldout_rows(name, tokenizer) for name in CORPORA}
+    padding = tokenizer.pad_token_id
+    threads = settle_threads(load_base(str(BASE), dtype, "cpu"), rows["scripture"], padding)
+    console.print(f"base in {dtype}, {threads} threads", highlight=False)
     output.mkdir(parents=True, exist_ok=True)
     for name in CORPORA:
         console.print(f"[bold]adapter {name}[/bold]: {steps} steps on {corpus(name, 'train').name}", highlight=False)
         train(adapter_settings(name, output, steps, dtype), show=console)
 
-    model, tokenizer = load_both(output, dtype)
-    rows = {name: heldout_rows(name, tokenizer) for name in CORPORA}
-    losses = all_losses(model, rows, tokenizer.pad_token_id)
+    model = load_both(output, dtype)
+    losses = all_losses(model, rows, padding)
     results: dict[str, Any] = {
         "steps": steps,
         "base_dtype": dtype,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "losses": losses,
         "missed": shortfalls(losses),
         "curves": {name: read_curve(output / f"{name}-adapter" / "loss.csv") for name in CORPORA},
@@ -58,7 +63,7 @@ def run(output: Path, steps: int = 150, compare: bool = True, console: Console |
     if compare and reference_installed():
         console.print("a training step, in turn with reference PEFT ...")
         results["comparison"] = compare_with_reference(
-            lambda: load_base(str(BASE), dtype, "cpu"), rows["scripture"], tokenizer.pad_token_id, MEASURE_SECONDS
+            lambda: load_base(str(BASE), dtype, "cpu"), rows["scripture"], padding, MEASURE_SECONDS
         )
     results["seconds"] = round(time.monotonic() - start, 1)
     write_json(output / "results.json", results)
@@ -103,12 +108,12 @@ def adapter_settings(name: str, output: Path, steps: int, dtype: str) -> TrainSe
     )
 
 
-def load_both(output: Path, dtype: str) -> tuple[Any, Any]:
+def load_both(output: Path, dtype: str) -> Any:
     """The base with both saved adapters on it, from the files the training wrote."""
     first, second = CORPORA
     model = load_adapter(load_base(str(BASE), dtype, "cpu"), str(output / f"{first}-adapter"), name=first)
     model.load_adapter(str(output / f"{second}-adapter"), adapter_name=second)
-    return model.eval(), load_tokenizer(str(BASE))
+    return model.eval()
 
 
 def heldout_rows(name: str, tokenizer: Any) -> list[dict[str, list[int]]]:
@@ -138,11 +143,12 @@ def all_losses(model: Any, rows: dict[str, list], padding: int) -> dict[str, dic
 def all_texts(model: Any, tokenizer: Any) -> list[dict[str, str]]:
     """What each model makes of each prompt, with the same random numbers."""
     texts = []
+    choices = sampling(60, temperature=0.6, top_p=0.9, top_k=0, repetition_penalty=1.1) | {"min_new_tokens": 50}
     for prompt in PROMPTS:
         for adapter in ("base", *CORPORA):
             torch.manual_seed(1)
             with using(model, adapter):
-                text = complete(model, tokenizer, prompt, sampling(64, 0.7, 0.9, 0, 1.1))
+                text = complete(model, tokenizer, prompt, choices)
             texts.append({"prompt": prompt, "model": adapter, "text": text})
     return texts
 

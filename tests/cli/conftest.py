@@ -1,7 +1,6 @@
 """What every command's test needs: a caller that never sees a traceback, a few documents, one trained adapter."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +8,6 @@ import pytest
 
 from fastpeft.cli import main
 from fastpeft.demo import BASE, corpus
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: no test waits for a network
 
 
 class Answer(NamedTuple):

@@ -153,14 +153,48 @@ def test_resume_refuses_other_settings(cli, documents, adapter, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in adapter.rglob("*")}
 
 
-def test_overwrite_leaves_other_files_alone(cli, documents, tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    answer = cli("train", BASE, "--data", documents, "--output", tmp_path, *QUICK)
+def test_overwrite_replaces_a_run_and_nothing_else(cli, documents, tmp_path):
+    command = ("train", BASE, "--data", documents, "--output", tmp_path / "out", *QUICK)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    for more in ((), ("--overwrite",)):  # not an earlier run: never
+        answer = cli(*command, *more)
+        assert answer.code == 2
+        assert "holds no earlier run" in answer.err
+    (tmp_path / "out" / "mine.txt").unlink()
+    assert cli(*command).code == 0
+    first = (tmp_path / "out" / "training.json").read_text()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "--overwrite" in cli(*command).err
+
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    answer = cli(*command, "--overwrite", "--target-modules", "q_prj")  # refused: the earlier run must still be there
     assert answer.code == 2
-    assert "not empty" in answer.err
-    answer = cli("train", BASE, "--data", documents, "--output", tmp_path, *QUICK, "--overwrite")
-    assert answer.code == 0, answer.err
-    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+
+    assert cli(*command, "--overwrite", "--seed", 1).code == 0
+    assert (tmp_path / "out" / "training.json").read_text() != first
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_finished_run_can_go_further(cli, documents, tmp_path):
+    command = ("train", BASE, "--data", documents, "--output", tmp_path / "out", *QUICK)
+    assert cli(*command).code == 0
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    trained = weights.read_bytes()
+    weights.unlink()  # as if killed after the last checkpoint, before the adapter was saved
+    assert cli(*command, "--resume").code == 0
+    assert weights.read_bytes() == trained
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["result"]["steps"] == 2
+    assert cli(*command, "--resume", "--max-steps", 3).code == 0
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["result"]["steps"] == 3
+
+
+def test_a_diverged_training_is_not_saved(cli, documents, tmp_path):
+    answer = cli("train", BASE, "--data", documents, "--output", tmp_path / "out", *QUICK, "--lr", 1e30)
+    assert answer.code == 1
+    assert "the training diverged" in answer.err
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_options_and_settings_agree():
