@@ -50,6 +50,7 @@ def test_a_short_demo_makes_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "corpus", partial(first_documents, tmp_path))
     monkeypatch.setattr(demo, "MEASURE_SECONDS", 0.1)
     monkeypatch.setattr(demo, "BLOCK", 64)
+    monkeypatch.setattr(demo, "TOKENS", 12)
     out = tmp_path / "out"
     missed = demo.run(out, steps=3, console=make_console())
     results = json.loads((out / "results.json").read_text())

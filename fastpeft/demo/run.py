@@ -25,6 +25,7 @@ from fastpeft.demo.tables import print_comparison, print_losses, print_texts
 BAR = 0.2  # nats a token, below the base and below the other adapter
 BLOCK = 256  # tokens in a row
 MEASURE_SECONDS = 15.0  # of training steps beside reference PEFT
+TOKENS = 60  # that each model adds to a prompt
 PROMPTS = ("The king said", "A computer is")
 
 
@@ -143,7 +144,8 @@ def all_losses(model: Any, rows: dict[str, list], padding: int) -> dict[str, dic
 def all_texts(model: Any, tokenizer: Any) -> list[dict[str, str]]:
     """What each model makes of each prompt, with the same random numbers."""
     texts = []
-    choices = sampling(60, temperature=0.6, top_p=0.9, top_k=0, repetition_penalty=1.1) | {"min_new_tokens": 50}
+    choices = sampling(TOKENS, temperature=0.6, top_p=0.9, top_k=0, repetition_penalty=1.1)
+    choices["min_new_tokens"] = TOKENS - 10
     for prompt in PROMPTS:
         for adapter in ("base", *CORPORA):
             torch.manual_seed(1)

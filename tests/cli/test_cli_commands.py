@@ -161,3 +161,13 @@ def test_an_adapter_whose_base_moved(cli, adapter, copy_of, tmp_path):
     assert "name it with --base" in answer.err
     assert cli("generate", moved, "Hello", "--base", BASE, "-n", 2).code == 0
     shutil.rmtree(moved)
+
+
+def test_bench_prints_and_writes_its_table(cli, tmp_path):
+    answer = cli("bench", "saved", "--quick", "--output", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "fastpeft" in answer.out
+    results = json.loads((tmp_path / "out" / "bench.json").read_text())["results"]
+    assert results
+    assert all(result["suite"] == "saved" and not result["error"] for result in results)
+    assert (tmp_path / "out" / "bench.md").exists()
