@@ -43,7 +43,7 @@ def run(output: Path, steps: int = 150, compare: bool = True, console: Console |
     rows = {name: heldout_rows(name, tokenizer) for name in CORPORA}
     padding = tokenizer.pad_token_id
     threads = settle_threads(load_base(str(BASE), dtype, "cpu"), rows["scripture"], padding)
-    console.print(f"base in {dtype}, {threads} threads", highlight=False)
+    console.print(f"base in {dtype}, {threads} thread(s)", highlight=False)
     output.mkdir(parents=True, exist_ok=True)
     for name in CORPORA:
         console.print(f"[bold]adapter {name}[/bold]: {steps} steps on {corpus(name, 'train').name}", highlight=False)
