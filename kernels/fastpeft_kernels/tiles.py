@@ -26,19 +26,19 @@ class Tile:
 # higher ranks take several blocks of it.
 TILES: dict[Kernel, dict[int, Tile]] = {
     "shrink": {
-        16: Tile(64, 64, 16, 4, 3),
+        16: Tile(64, 32, 16, 4, 3),
         32: Tile(64, 64, 32, 8, 2),
         64: Tile(64, 32, 64, 8, 2),
     },
     "expand": {
-        16: Tile(64, 128, 16, 4, 2),
+        16: Tile(64, 128, 16, 8, 1),
         32: Tile(64, 64, 32, 8, 2),
         64: Tile(64, 32, 64, 8, 2),
     },
     "outer": {
         16: Tile(64, 64, 16, 8, 2),
-        32: Tile(64, 64, 32, 8, 2),
-        64: Tile(32, 64, 64, 8, 2),
+        32: Tile(32, 64, 32, 8, 2),
+        64: Tile(16, 64, 64, 8, 2),
     },
 }
 

@@ -8,6 +8,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -50,7 +51,8 @@ def exact_product(a, b, acc):
         chunk = _dot16(a, high, chunk)
         return acc + chunk
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+        precision: tl.constexpr = "ieee" if is_hip() else "tf32x3"  # AMD has fp32 matrix units and no tf32x3
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=precision)
 
 
 @triton.jit
@@ -69,7 +71,8 @@ def product_for(a, b, acc, dtype: tl.constexpr):
         acc = _dot16(a_low, b_high, acc)
         return _dot16(a_high, b_high, acc)
     else:
-        return tl.dot(a, b, acc, input_precision="tf32x3")
+        precision: tl.constexpr = "ieee" if is_hip() else "tf32x3"
+        return tl.dot(a, b, acc, input_precision=precision)
 
 
 @triton.jit
