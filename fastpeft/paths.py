@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastpeft_kernels.dispatch import use_triton
+
+if TYPE_CHECKING:
+    from fastpeft.tuners.tuners_utils import BaseTunerLayer
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(_explain_layer(name, layer) for name, layer in layers)
 
 
-def _explain_layer(name: str, layer: nn.Module) -> LayerPath:
+def _explain_layer(name: str, layer: BaseTunerLayer) -> LayerPath:
     from fastpeft.tuners.lora.fused import path_of
     from fastpeft.tuners.lora.layer import LoraLayer
 

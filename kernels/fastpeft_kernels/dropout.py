@@ -47,9 +47,12 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return x
     rows = x.reshape(-1, x.shape[-1])
     mask = draw_mask(rows, p)
+    out: Tensor
     if torch.compiler.is_compiling():
-        return _dropout(rows, mask, dropout_scale(p)).view(x.shape)
-    return _Dropout.apply(rows, mask, dropout_scale(p)).view(x.shape)
+        out = _dropout(rows, mask, dropout_scale(p))
+    else:
+        out = _Dropout.apply(rows, mask, dropout_scale(p))  # type: ignore[no-untyped-call]
+    return out.view(x.shape)
 
 
 @torch.library.custom_op("fastpeft::draw_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -61,8 +64,8 @@ def _run_draw_mask(x: Tensor, p: float) -> Tensor:
     if use_triton(x):
         from fastpeft_kernels.gpu import dropout as gpu  # triton is imported when first needed
 
-        return gpu.draw_mask(*x.shape, p, x.device)
-    return reference.draw_mask(*x.shape, p, x.device)
+        return gpu.draw_mask(x.shape[0], x.shape[1], p, x.device)
+    return reference.draw_mask(x.shape[0], x.shape[1], p, x.device)
 
 
 @_draw_mask.register_fake
@@ -102,7 +105,8 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> No
 
 
 def _traced_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
-    return _dropout(dout, *ctx.saved_tensors, ctx.scale), None, None
+    (mask,) = ctx.saved_tensors
+    return _dropout(dout, mask, ctx.scale), None, None
 
 
 _dropout.register_autograd(_traced_backward, setup_context=_setup)
@@ -120,4 +124,5 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
-        return _run_dropout(dout, *ctx.saved_tensors, ctx.scale), None, None
+        (mask,) = ctx.saved_tensors
+        return _run_dropout(dout, mask, ctx.scale), None, None

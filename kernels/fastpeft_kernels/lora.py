@@ -8,6 +8,7 @@ the base product (4MN), dS and dB read dout (4MN), dA reads x (2MK), dx's low-ra
 8MK + 8MN, and MK/8 for each of draw, S, dA and dx with dropout.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,12 +55,14 @@ def lora_linear(
         raise ValueError(f"bias must be ({W.shape[0]},) of {x.dtype}; got {tuple(bias.shape)} of {bias.dtype}")
     rows = x.reshape(-1, x.shape[-1])
     mask, scale = _mask_and_scale(rows, scaling, dropout_p)
+    inputs = (rows, W, bias, lora_A, lora_B, mask, scale)
+    out: Tensor
     if torch.compiler.is_compiling():
-        out, _ = _lora_linear(rows, W, bias, lora_A, lora_B, mask, scale)
+        out = _lora_linear(*inputs)[0]
     elif torch.is_grad_enabled():
-        out = _LoraLinear.apply(rows, W, bias, lora_A, lora_B, mask, scale)
+        out = _LoraLinear.apply(*inputs)  # type: ignore[no-untyped-call]
     else:
-        out, _ = _run_linear(rows, W, bias, lora_A, lora_B, mask, scale)
+        out = _run_linear(*inputs)[0]
     return out.view(*x.shape[:-1], W.shape[0])
 
 
@@ -88,12 +91,14 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
         raise ValueError(f"out and x need the same rows; got out {tuple(out.shape)} and x {tuple(x.shape)}")
     rows, base = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
     mask, scale = _mask_and_scale(rows, scaling, dropout_p)
+    inputs = (base, rows, lora_A, lora_B, mask, scale)
+    result: Tensor
     if torch.compiler.is_compiling():
-        result, _ = _lora_add(base, rows, lora_A, lora_B, mask, scale)
+        result = _lora_add(*inputs)[0]
     elif torch.is_grad_enabled():
-        result = _LoraAdd.apply(base, rows, lora_A, lora_B, mask, scale)
+        result = _LoraAdd.apply(*inputs)  # type: ignore[no-untyped-call]
     else:
-        result, _ = _run_add(base, rows, lora_A, lora_B, mask, scale)
+        result = _run_add(*inputs)[0]
     return result.view(out.shape)
 
 
@@ -103,6 +108,11 @@ def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def _check_pair(x: Tensor, A: Tensor, B: Tensor, N: int) -> None:
@@ -143,7 +153,7 @@ def _run_linear_backward(
     scale: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):  # backward may be called inside a block of autocast
+    with _no_autocast(x):  # backward may be called inside a block of autocast
         if use_triton(x):
             from fastpeft_kernels.gpu import lora as gpu
 
@@ -216,7 +226,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _run_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):  # out may still be wider than autocast's dtype
+    with _no_autocast(x):  # out may still be wider than autocast's dtype
         if use_triton(x):
             from fastpeft_kernels.gpu import lora as gpu
 
@@ -227,7 +237,7 @@ def _run_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, 
 def _run_add_backward(
     dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x):
         if use_triton(x):
             from fastpeft_kernels.gpu import lora as gpu
 

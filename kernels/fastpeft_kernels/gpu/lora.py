@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, round_to
-from fastpeft_kernels.tiles import ROWS_PER_PLANE, SPLIT_K_BELOW, TILES, tile
+from fastpeft_kernels.tiles import ROWS_PER_PLANE, SPLIT_K_BELOW, TILES, Kernel, tile
 
 
 @triton.jit
@@ -219,10 +219,13 @@ def _signature(fn: triton.JITFunction, pointers: dict[str, str], constexprs: dic
 
 
 def compile_cases() -> Iterator[CompileCase]:
+    kernels: dict[Kernel, triton.JITFunction] = {
+        "shrink": _shrink_kernel, "expand": _expand_kernel, "outer": _outer_kernel
+    }  # fmt: skip
     mixes = (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32"))
     bare = ("bf16", "fp32")  # compiled without mask, base and bias as well; elsewhere the full kernel stands for both
     for (wide, narrow), masked in [*product(mixes, (True,)), (bare, False)]:
-        for kernel, fn in (("shrink", _shrink_kernel), ("expand", _expand_kernel), ("outer", _outer_kernel)):
+        for kernel, fn in kernels.items():
             for t in TILES[kernel].values():
                 pointers = {
                     "x_ptr": wide, "base_ptr": wide, "out_ptr": wide, "bias_ptr": wide, "mask_ptr": "i32",
