@@ -164,10 +164,9 @@ def lora_linear_backward(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB); dx is empty, of shape (0,), where it is not needed."""
-    dB, dS = outer(dout, S, None).t().contiguous(), shrink(dout, B.t(), None, scale)
-    dA = outer(x, dS, mask)
+    dS, dB = _output_pass(dout, B, S, scale)
     dx = expand_(torch.mm(dout, W), dS, A.t(), mask) if need_dx else x.new_empty(0)
-    return dx, dA, dB
+    return dx, outer(x, dS, mask), dB
 
 
 def lora_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -180,8 +179,20 @@ def lora_add_backward(
     dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB) of the low-rank part alone; dx is empty, of shape (0,), where it is not needed."""
-    dB, dS = outer(dout, S, None).t().contiguous(), shrink(dout, B.t(), None, scale)
+    dS, dB = _output_pass(dout, B, S, scale)
     dA = outer(x, dS, mask)
     if not need_dx:
         return x.new_empty(0), dA, dB
     return expand_(torch.zeros_like(x, memory_format=torch.contiguous_format), dS, A.t(), mask), dA, dB
+
+
+def _output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(dS, dB) with each chunk of dout widened once for both: (M, r) and (N, r) in S's dtype."""
+    if dout.dtype == S.dtype:
+        return shrink(dout, B.t(), None, scale), torch.mm(S.t(), dout).t().contiguous()
+    dS, dB = torch.empty_like(S), torch.zeros((S.shape[1], dout.shape[1]), dtype=S.dtype, device=S.device)
+    for rows in _row_chunks(*dout.shape):
+        chunk = dout[rows].to(S.dtype)
+        torch.mm(chunk, B, out=dS[rows])
+        dB.addmm_(S[rows].t(), chunk)  # (r, N): twice as fast as (N, r) in a CPU's library
+    return dS.mul_(scale), dB.t().contiguous()
