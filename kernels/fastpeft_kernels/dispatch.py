@@ -62,16 +62,21 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def use_triton(x: Tensor) -> bool:
-    """Whether the op whose first input is `x` runs its Triton kernel.
+def use_triton(x: Tensor, other: Tensor | None = None) -> bool:
+    """Whether the op that reads `x` runs its Triton kernel.
+
+    Args:
+        x: where the op runs.
+        other: a second input of a dtype of its own.
 
     Raises:
         RuntimeError: Triton was demanded by name and cannot run here.
     """
     if _backend == "torch":
         return False
+    has_float64 = x.dtype == torch.float64 or (other is not None and other.dtype == torch.float64)
     if _backend == "auto":
-        return x.is_cuda and x.dtype != torch.float64 and triton_installed()
+        return x.is_cuda and not has_float64 and triton_installed()
     if not triton_installed():
         raise RuntimeError('backend "triton" needs the package triton: install it, or take backend "auto"')
     if not (x.is_cuda or (interpreting() and x.device.type == "cpu")):
@@ -79,6 +84,6 @@ def use_triton(x: Tensor) -> bool:
             f'backend "triton" needs tensors on a GPU, got one on {x.device}: move the model there, take backend '
             '"auto", or set TRITON_INTERPRET=1 before Triton is imported to try the kernels on a CPU'
         )
-    if x.dtype == torch.float64:
+    if has_float64:
         raise RuntimeError('backend "triton" has no kernels for float64: take backend "auto" or "torch"')
     return True

@@ -227,7 +227,7 @@ class _LoraLinear(torch.autograd.Function):
 
 def _run_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     with _no_autocast(x):  # out may still be wider than autocast's dtype
-        if use_triton(x):
+        if use_triton(x, out):
             from fastpeft_kernels.gpu import lora as gpu
 
             return gpu.lora_add(out, x, A, B, mask, scale)
@@ -238,7 +238,7 @@ def _run_add_backward(
     dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _no_autocast(x):
-        if use_triton(x):
+        if use_triton(x, dout):
             from fastpeft_kernels.gpu import lora as gpu
 
             return gpu.lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)

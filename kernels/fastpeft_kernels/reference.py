@@ -21,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 18  # elements of a row chunk: 1 MB once widened to fp32, a second-level cache
+from fastpeft_kernels.cpu import product_nt
+
+TILE_ROWS, TILE_COLUMNS = 256, 1024  # 1 MB once widened to fp32, a second-level cache
+CHUNK = TILE_ROWS * TILE_COLUMNS
 
 MASK_BITS = 32  # columns in one word of a mask
 KEEP_LEVELS = 1 << 16  # the probability to keep an element is a multiple of 1 / KEEP_LEVELS
@@ -54,13 +57,13 @@ def draw_mask(M: int, K: int, p: float, device: torch.device) -> Tensor:
     return acc.view(torch.int32)[:words].view(M, mask_words(K))
 
 
-@functools.cache
 def _byte_lanes(itemsize: int, device: torch.device) -> Tensor:
     """For each byte of a mask its eight bits as lanes of `itemsize` bytes, all ones or all zeros: (256, itemsize)."""
-    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1  # (256, 8)
-    return (-bits).to(_LANES[itemsize]).view(torch.int64).to(device)
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1  # (256, 8)
+    return (-bits).to(_LANES[itemsize]).view(torch.int64)
 
 
+_kept_byte_lanes = functools.cache(_byte_lanes)
 _LANES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -68,8 +71,9 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     """x where the mask keeps, 0 where it drops (also where x is not finite): (M, K) in x's dtype."""
     M, K = x.shape
     lanes_dtype = _LANES[x.element_size()]
+    table = _kept_byte_lanes if type(mask) is Tensor else _byte_lanes  # a fake tensor must not outlive its mode
     indices = mask.contiguous().view(torch.uint8).reshape(-1).int()
-    lanes = _byte_lanes(x.element_size(), x.device).index_select(0, indices).view(lanes_dtype)
+    lanes = table(x.element_size(), x.device).index_select(0, indices).view(lanes_dtype)
     return (x.view(lanes_dtype) & lanes.view(M, mask.shape[1] * MASK_BITS)[:, :K]).view(x.dtype)
 
 
@@ -86,20 +90,31 @@ def _row_chunks(M: int, columns: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, M, rows))
 
 
-def _widened(x: Tensor, rows: slice, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    chunk = x[rows]
+def _tiles(M: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of tiles that fit the cache once widened, and are short enough to sum in fp32 without loss."""
+    width = -(-columns // max(1, -(-columns // TILE_COLUMNS)))
+    width = -(-width // MASK_BITS) * MASK_BITS
+    for row in range(0, M, TILE_ROWS):
+        for column in range(0, columns, width):
+            yield slice(row, row + TILE_ROWS), slice(column, column + width)
+
+
+def _widened(x: Tensor, mask: Tensor | None, tile: tuple[slice, slice], dtype: torch.dtype) -> Tensor:
+    rows, columns = tile
+    part = x[rows, columns]
     if mask is not None:
-        chunk = apply_mask(chunk, mask[rows])
-    return chunk.to(dtype)
+        words = slice(columns.start // MASK_BITS, -(-columns.stop // MASK_BITS))
+        part = apply_mask(part, mask[rows, words])
+    return part.to(dtype, memory_format=torch.contiguous_format)
 
 
 def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """S = scale · drop(x) Aᵀ: x (M, K), A (r, K) of any strides -> (M, r) in A's dtype."""
     if mask is None and x.dtype == A.dtype:
         return torch.mm(x, A.t()).mul_(scale)
-    S = torch.empty((x.shape[0], A.shape[0]), dtype=A.dtype, device=x.device)
-    for rows in _row_chunks(*x.shape):
-        torch.mm(_widened(x, rows, mask, A.dtype), A.t(), out=S[rows])
+    S = torch.zeros((x.shape[0], A.shape[0]), dtype=A.dtype, device=x.device)
+    for rows, columns in _tiles(*x.shape):
+        S[rows] += product_nt(_widened(x, mask, (rows, columns), A.dtype), A[:, columns].contiguous())
     return S.mul_(scale)
 
 
@@ -108,8 +123,9 @@ def outer(x: Tensor, S: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and x.dtype == S.dtype:
         return torch.mm(S.t(), x)
     total = torch.zeros((S.shape[1], x.shape[1]), dtype=S.dtype, device=x.device)
-    for rows in _row_chunks(*x.shape):
-        total.addmm_(S[rows].t(), _widened(x, rows, mask, S.dtype))
+    for rows, columns in _tiles(*x.shape):
+        wide = _widened(x, mask, (rows, columns), S.dtype)
+        total[:, columns] += product_nt(S[rows].t().contiguous(), wide.t())
     return total
 
 
@@ -190,9 +206,9 @@ def _output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tens
     """(dS, dB) with each chunk of dout widened once for both: (M, r) and (N, r) in S's dtype."""
     if dout.dtype == S.dtype:
         return shrink(dout, B.t(), None, scale), torch.mm(S.t(), dout).t().contiguous()
-    dS, dB = torch.empty_like(S), torch.zeros((S.shape[1], dout.shape[1]), dtype=S.dtype, device=S.device)
-    for rows in _row_chunks(*dout.shape):
-        chunk = dout[rows].to(S.dtype)
-        torch.mm(chunk, B, out=dS[rows])
-        dB.addmm_(S[rows].t(), chunk)  # (r, N): twice as fast as (N, r) in a CPU's library
-    return dS.mul_(scale), dB.t().contiguous()
+    dS, dB = torch.zeros_like(S), torch.zeros((S.shape[1], dout.shape[1]), dtype=S.dtype, device=S.device)
+    for rows, columns in _tiles(*dout.shape):
+        wide = _widened(dout, None, (rows, columns), S.dtype)
+        dS[rows] += product_nt(wide, B.t()[:, columns].contiguous())
+        dB[:, columns] += product_nt(S[rows].t().contiguous(), wide.t())
+    return dS.mul_(scale), dB.to(S.dtype).t().contiguous()

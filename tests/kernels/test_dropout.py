@@ -73,6 +73,20 @@ def test_strides_and_no_rows(path, device):
     torch.testing.assert_close(out[kept], x[kept] * dropout_scale(0.25))
 
 
+def test_fake_tensors_and_other_default_devices_leave_nothing_behind():
+    """What the op keeps between calls is real, wherever the first call came from."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for _ in range(2):
+        with backend("torch"), FakeTensorMode():
+            assert dropout(torch.ones(4, 40, dtype=torch.float64), 0.3).shape == (4, 40)
+        reference._kept_byte_lanes.cache_clear()
+        x = torch.ones(4, 40, dtype=torch.float64)
+        with torch.device("meta"):
+            out = dropout(x, 0.3)
+        assert set(out.unique().tolist()) <= {0.0, dropout_scale(0.3)}
+
+
 def test_zero_is_the_identity(device):
     x = torch.randn(3, 4, device=device)
     assert dropout(x, 0.0) is x

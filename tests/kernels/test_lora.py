@@ -164,6 +164,22 @@ def test_dropout_uses_one_mask_in_forward_and_backward(name, path, dtypes, devic
         assert_as_close_as_torch(key, ours[key], allowed, exact[key])
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_over_many_rows_do_not_lose_the_last_ones(narrow, device):
+    """16-bit adapters: entries of one sign over many row chunks, where a 16-bit running sum stands still."""
+    M, K, r = 8192, 32, 4
+    x, S = (torch.randn(M, size, device=device).mul_(0.1).add_(1.0).to(narrow) for size in (K, r))
+    mask = reference.draw_mask(M, K, 0.1, torch.device(device))
+    dropped = reference.apply_mask(x, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "CHUNK", 1)  # the smallest chunks, as for wide layers
+        dA = reference.outer(x, S, mask)
+        _, dB = reference._output_pass(x.float(), S.new_zeros(K, r), S, 1.0)
+    exact = S.double().t() @ dropped.double()
+    assert_as_close_as_torch("dA", dA, S.t() @ dropped, exact)
+    assert_as_close_as_torch("dB", dB.t(), S.t() @ x, S.double().t() @ x.double())
+
+
 @pytest.mark.parametrize("path", BACKENDS)
 def test_same_seed_same_bits(path, device):
     t = operands((70, 64, 36, 8), (torch.bfloat16, torch.float32), device)
@@ -278,6 +294,16 @@ def test_errors_of_linear(change, message, device):
     t |= {key: make(t) for key, make in change.items()}
     with pytest.raises(ValueError, match=message):
         lora_linear(t["x"], t["W"], t["bias"], t["A"], t["B"], 0.7, t["p"])
+
+
+def test_no_kernel_rounds_a_float64_output(device):
+    """The kernels add in fp32: an output in fp64, whatever x is, is not theirs."""
+    t = operands((9, 24, 20, 4), (torch.float32, torch.float32), device)
+    out = t["out"].detach().double()
+    ours = lora_add(out, t["x"], t["A"], torch.zeros_like(t["B"]), 0.7)
+    assert torch.equal(ours, out)
+    with backend("triton"), pytest.raises(RuntimeError, match="no kernels for float64"):
+        lora_add(out, t["x"], t["A"], t["B"], 0.7)
 
 
 def test_errors_of_add(device):
