@@ -193,6 +193,8 @@ def test_several_adapters(dtype, dropout, spy):
     out = model(x)
     assert out.dtype == dtype
     assert spy.calls == (["lora_add"] * 2 if dropout else ["lora_linear"])
+    expected = ("added", "several adapters with dropout take a mask each") if dropout else ("fused", "")
+    assert path(model) == expected
     model.eval()
     assert_as_close_as_torch("out", model(x), by_modules(model, x), by_modules(adapted_in_double(model), x.double()))
 
@@ -220,6 +222,51 @@ def test_bf16_adapters_over_an_fp32_base():
     assert path(model)[0] == "added"
     exact = by_modules(adapted_in_double(model), x.double())
     assert_as_close_as_torch("out", model(x), by_modules(model, x), exact)
+
+
+def test_adapters_of_two_dtypes(spy):
+    model = adapted(torch.bfloat16)
+    second = fastpeft.LoraConfig(r=7, target_modules=["linear"], init_lora_weights=False)
+    model.add_adapter("second", second, autocast_adapter_dtype=False)
+    model.base_model.set_adapter(["default", "second"])
+    x = torch.randn(6, 24).bfloat16()
+    exact = by_modules(adapted_in_double(model), x.double())
+    assert_as_close_as_torch("out", model(x), by_modules(model, x), exact)
+    assert path(model) == ("added", "the adapters differ in dtype")
+    assert spy.calls == ["lora_add"] * 2
+
+
+def test_autocast_over_a_float64_base_with_fp32_adapters(spy):
+    """Autocast casts the adapters and not the base: the op that owns both is not for such a mixture."""
+    model = adapted(torch.float64)
+    layer = layer_of(model)
+    layer.lora_A.float()
+    layer.lora_B.float()
+    x = torch.randn(3, 24, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, eager = model(x), by_modules(model, x)
+    assert ours.dtype == torch.float64
+    assert_as_close_as_torch("out", ours, eager, by_modules(adapted_in_double(model), x), torch.bfloat16)
+    assert spy.calls == ["lora_add"]
+
+
+def test_forward_mode_derivatives_take_the_modules():
+    model = adapted().eval()
+    x, tangent = torch.randn(2, 3, 24).unbind()
+    with torch.autograd.forward_ad.dual_level():
+        out = model(torch.autograd.forward_ad.make_dual(x, tangent))
+        ours = torch.autograd.forward_ad.unpack_dual(out).tangent
+    torch.testing.assert_close(ours, model(x + tangent) - model(x))  # an affine layer
+
+
+def test_replaced_forward_of_the_class_linear(monkeypatch):
+    model = adapted()
+    x = torch.randn(3, 24)
+    before = model(x)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * F.linear(x, self.weight, self.bias))
+    assert path(model) == ("plain", "the forward of torch.nn.Linear was replaced")
+    torch.testing.assert_close(model(x), by_modules(model, x))
+    assert not torch.equal(model(x), before)
 
 
 def test_functional_transforms_and_portable_graphs():

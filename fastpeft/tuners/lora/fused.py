@@ -9,16 +9,18 @@ weight instead must first see that nothing hangs there: wrong numbers would come
 forward, because hooks come and go; nothing is remembered.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from fastpeft_kernels import lora_add, lora_linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LINEAR_FORWARD = nn.Linear.forward
 
 
 def obstacle_to_adding(layer: Any, adapter: str) -> str | None:
@@ -66,11 +68,42 @@ def _watched(modules: dict[str, nn.Module]) -> str | None:
     """Who would notice that a module was not called."""
     if any(getattr(torch_module, f"_global{kind}") for kind in _HOOKS):
         return "a global module hook is registered"
+    if nn.Linear.forward is not _LINEAR_FORWARD:
+        return "the forward of torch.nn.Linear was replaced"
     for name, module in modules.items():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"a hook is registered on {name}"
         if "forward" in module.__dict__:
             return f"the forward of {name} was replaced"
+    return None
+
+
+def obstacle_to_fusing(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype, autocast: bool) -> str | None:
+    """Why base product and adapters are no single op for an input of this dtype, or None."""
+    if (reason := obstacle_to_owning(layer)) is not None:
+        return reason
+    for name in adapters:
+        if not layer.variants[name].fusable:
+            return f"{type(layer.variants[name]).__name__} has no op that owns the base product"
+        if (reason := obstacle_to_adding(layer, name)) is not None:
+            return reason
+    weight_dtype = layer.base_layer.weight.dtype
+    dtypes = {name: layer.lora_A[name].weight.dtype for name in adapters}
+    if autocast:
+        together = {x_dtype, weight_dtype, *dtypes.values()}
+        if torch.float64 in together and len(together) > 1:
+            return "autocast leaves float64 as it is and casts the others"
+    elif x_dtype != weight_dtype:
+        return "the input is not of the base weight's dtype"
+    else:
+        for name, dtype in dtypes.items():
+            if dtype not in (weight_dtype, torch.float32):
+                return f"adapter {name!r} is neither fp32 nor of the base weight's dtype"
+    if len(adapters) > 1:
+        if len(set(dtypes.values())) > 1:
+            return "the adapters differ in dtype"
+        if any(_dropout_p(layer, name) for name in adapters):
+            return "several adapters with dropout take a mask each"
     return None
 
 
@@ -82,6 +115,7 @@ def _ordinary(x: Tensor) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0  # the ops have no forward-mode derivative
     )
 
 
@@ -95,21 +129,15 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
 
     Several adapters without dropout are one of the sum of their ranks.
     """
-    if not adapters or not _ordinary(x) or obstacle_to_owning(layer) is not None:
+    if not adapters or not _ordinary(x):
         return None
-    if any(not layer.variants[name].fusable or obstacle_to_adding(layer, name) is not None for name in adapters):
+    if obstacle_to_fusing(layer, adapters, x.dtype, torch.is_autocast_enabled(x.device.type)) is not None:
         return None
     base = layer.base_layer
     pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in adapters]
-    dtypes = {A.dtype for A, _ in pairs}
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast and (x.dtype != base.weight.dtype or not dtypes <= {x.dtype, torch.float32}):
-        return None
     if len(adapters) == 1:
         name, (A, B) = adapters[0], pairs[0]
         return lora_linear(x, base.weight, base.bias, A, B, layer.scaling[name], _dropout_p(layer, name))
-    if len(dtypes) > 1 or any(_dropout_p(layer, name) for name in adapters):
-        return None
     A = torch.cat([A for A, _ in pairs])
     B = torch.cat([B * layer.scaling[name] for name, (_, B) in zip(adapters, pairs, strict=True)], dim=1)
     return lora_linear(x, base.weight, base.bias, A, B, 1.0)
@@ -123,17 +151,11 @@ def add_low_rank(layer: Any, adapter: str, out: Tensor, x: Tensor) -> Tensor:
     return lora_add(out, x, A, B, layer.scaling[adapter], _dropout_p(layer, adapter))
 
 
-def path_of(layer: Any, adapters: Iterable[str]) -> tuple[str, str]:
+def path_of(layer: Any, adapters: Sequence[str]) -> tuple[str, str]:
     """(path, why not a better one) for these adapters on this layer: for `fastpeft.explain`."""
     for name in adapters:
         if (reason := obstacle_to_adding(layer, name)) is not None:
             return "plain", reason
-    if (reason := obstacle_to_owning(layer)) is not None:
+    if (reason := obstacle_to_fusing(layer, adapters, layer.get_base_layer().weight.dtype, autocast=False)) is not None:
         return "added", reason
-    weight = layer.base_layer.weight
-    for name in adapters:
-        if not layer.variants[name].fusable:
-            return "added", f"{type(layer.variants[name]).__name__} has no op that owns the base product"
-        if layer.lora_A[name].weight.dtype not in (weight.dtype, torch.float32):
-            return "added", f"adapter {name!r} is neither fp32 nor of the base weight's dtype"
     return "fused", ""
