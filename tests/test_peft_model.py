@@ -111,6 +111,21 @@ def test_generate_uses_the_adapter(family):
         torch.testing.assert_close(ours.logits[0][:-1], first, rtol=0, atol=1e-5)
 
 
+def test_decoding_steps_come_without_cache_position(monkeypatch):
+    """The model works it out itself; a stale one would be passed on."""
+    model = adapted()
+    step = {"input_ids": torch.ones(1, 1), "cache_position": torch.zeros(1)}
+    monkeypatch.setattr(model.get_base_model(), "prepare_inputs_for_generation", lambda *args, **kwargs: dict(step))
+    assert model.prepare_inputs_for_generation(step["input_ids"]).keys() == {"input_ids"}
+
+
+def test_a_base_that_slices_its_weights_stops_doing_so():
+    """pretraining_tp > 1 multiplies slices of a weight, and passes the adapter layer by."""
+    base = tiny_llama()
+    base.config.pretraining_tp = 2
+    assert get_peft_model(base, config_for("llama")).config.pretraining_tp == 1
+
+
 def test_generation_config_of_the_wrapper_counts():
     model = adapted()
     model.generation_config = copy.deepcopy(model.generation_config)
@@ -279,7 +294,9 @@ def test_disable_adapter_nests_and_keeps_a_disabled_model_disabled():
         with model.disable_adapter():
             assert torch.equal(logits(model), base)
         assert torch.equal(logits(model), base)
+        assert not model.has_active_enabled_adapter
     assert torch.equal(logits(model), active)
+    assert model.has_active_enabled_adapter
     model.base_model.disable_adapter_layers()
     with model.disable_adapter():
         pass

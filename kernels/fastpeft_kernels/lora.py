@@ -226,12 +226,11 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _run_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    with _no_autocast(x):  # out may still be wider than autocast's dtype
-        if use_triton(x, out):
-            from fastpeft_kernels.gpu import lora as gpu
+    if use_triton(x, out):
+        from fastpeft_kernels.gpu import lora as gpu
 
-            return gpu.lora_add(out, x, A, B, mask, scale)
-        return reference.lora_add(out, x, A, B, mask, scale)
+        return gpu.lora_add(out, x, A, B, mask, scale)
+    return reference.lora_add(out, x, A, B, mask, scale)
 
 
 def _run_add_backward(

@@ -113,6 +113,9 @@ OBSTACLES: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "backward hook on the base": (
         lambda layer: layer.base_layer.register_full_backward_hook(lambda m, i, o: (2 * i[0],)), "added", "a hook"
     ),
+    "pre-backward hook on the base": (
+        lambda layer: layer.base_layer.register_full_backward_pre_hook(lambda m, o: (2 * o[0],)), "added", "a hook"
+    ),
     "replaced forward of the base": (lambda layer: replace_forward(layer.base_layer), "added", "was replaced"),
     "weight of the base is a subclass": (with_subclass_weight, "added", "is a Subclass"),
     "weight of the base is trained": (lambda layer: layer.base_layer.weight.requires_grad_(), "added", "is trained"),

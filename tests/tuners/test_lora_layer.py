@@ -292,6 +292,14 @@ def test_delta_weight_has_the_adapters_dtype_and_the_weights_layout(dtype):
         assert torch.equal(delta, reference_of(layer, kind).get_delta_weight("default")) or dtype != torch.float32
 
 
+def test_16_bit_adapters_are_multiplied_in_fp32_before_they_are_merged():
+    layer = lora("linear", torch.float32, torch.bfloat16)
+    A, B = (factor.float() for factor in layer.base.factors(layer, "default"))
+    expected = layer.base_layer.weight + B @ A * layer.scaling["default"]
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer.weight, expected)
+
+
 def test_merging_keeps_the_storage_that_tied_weights_share():
     layer = lora("linear, no bias")
     tied = layer.base_layer.weight.data
