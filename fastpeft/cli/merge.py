@@ -1,5 +1,6 @@
 """fastpeft merge."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,8 @@ def merge(
     """
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise CommandError(f"{output} exists and is not empty: give another folder")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", shard_size, re.IGNORECASE):
+        raise CommandError(f"--shard-size takes a number with KB, MB, GB or TB, such as 5GB; got {shard_size!r}")
     from fastpeft.cli.console import make_console
     from fastpeft.cli.models import base_of, load_adapter, load_base, load_tokenizer
 

@@ -9,6 +9,14 @@ from rich.progress import Progress as Bar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+class LogLastStep(TrainerCallback):
+    """Logs the loss of the last steps too: a run ends between two logs, or before the first."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class Progress(TrainerCallback):
     """Shows each step on `console`; evaluations get a line of their own."""
 

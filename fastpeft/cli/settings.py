@@ -78,6 +78,10 @@ class TrainSettings:
         if not self.eval_data and self.eval_fraction == 0 and (self.load_best or self.eval_steps):
             name = "--load-best" if self.load_best else "--eval-steps"
             raise CommandError(f"{name} needs something to measure on: give --eval-data, or an --eval-fraction above 0")
+        if self.epochs == 0 and self.max_steps < 1:
+            raise CommandError("--epochs 0 trains nothing: give more than 0, or --max-steps")
+        if self.layers and isinstance(self.target_modules, str):
+            raise CommandError("--layers goes with names: give --target-modules too, such as q_proj,v_proj")
         if self.revision and Path(self.base).is_dir():
             raise CommandError("--revision goes with a hub id: a model folder has only what is in it")
 

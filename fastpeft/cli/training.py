@@ -55,6 +55,7 @@ def train(settings: TrainSettings, show: "Console | None" = None) -> TrainResult
     if not blocks:
         raise CommandError("the data is too short: not one training row of two tokens comes out of it")
     model = make_model(settings)
+    check_length(model, max(len(row["input_ids"]) for row in blocks + eval_blocks))
     trainer = make_trainer(settings, model, tokenizer, blocks, eval_blocks, show)
     open_output(settings)
     seconds = run_trainer(trainer, checkpoint, planned_steps(settings, len(blocks)))
@@ -96,6 +97,12 @@ def run_trainer(trainer: Any, checkpoint: Path | None, planned: int) -> float:
     return time.monotonic() - start
 
 
+def check_length(model: Any, longest: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and 0 < limit < longest:
+        raise CommandError(f"the model reads {limit} tokens and a training row has {longest}: add --block-size {limit}")
+
+
 def check_finite(model: Any, settings: TrainSettings) -> None:
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise CommandError(
@@ -132,7 +139,7 @@ def make_trainer(
 ) -> Any:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    from fastpeft.cli.progress import Progress
+    from fastpeft.cli.progress import LogLastStep, Progress
     from fastpeft.integrations.transformers import AdapterTrainerMixin
 
     class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
@@ -159,6 +166,7 @@ def make_trainer(
     except (ValueError, ImportError) as error:
         raise CommandError(f"these training options do not fit together: {one_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogLastStep())
     if show is not None:
         trainer.add_callback(Progress(show))
     return trainer

@@ -18,6 +18,7 @@ def place(tmp_path_factory, adapter):
     """A folder of things that are wrong, each under the name that says how."""
     root = tmp_path_factory.mktemp("wrong")
     (root / "good.txt").write_text("Some words to learn.\n\nAnd some more of them, for the end.\n")
+    (root / "long.txt").write_text("Some words to learn. " * 1000)
     (root / "empty.txt").write_text("")
     (root / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (root / "good.csv").write_text("a,b\n")
@@ -60,7 +61,11 @@ WRONG = [
     (training(more=("--speed", 9)), 2, "No such option"),
     (training(more=("--bias", "some")), 2, "--bias"),
     (training(more=("--layers", "a-b")), 2, "0-3,8"),
-    (training(more=("--layers", 99)), 2, "these LoRA options do not fit"),
+    (training(more=("--layers", 99)), 2, "give --target-modules too"),
+    (training(more=("--layers", 99, "--target-modules", "q_proj")), 2, "these LoRA options do not fit"),
+    (training(more=("--epochs", 0, "--max-steps", 0)), 2, "--max-steps"),
+    (("train", "BASE", "--data", "good.txt", "--output", "new", "--epochs", 0), 2, "--epochs 0 trains nothing"),
+    (("train", "BASE", "--data", "long.txt", "--output", "new", "--block-size", 1025), 2, "add --block-size 1024"),
     (training(more=("--rank-pattern", "{q: 1}")), 2, "--rank-pattern takes a JSON object"),
     (training(more=("--target-modules", "q_prj")), 2, "q_prj"),
     (training(more=("--target-modules", "re:((")), 2, "no regular expression"),
@@ -104,6 +109,7 @@ WRONG = [
     (("merge", "ADAPTER"), 2, "OUTPUT"),
     (("merge", "ADAPTER", "full"), 2, "not empty"),
     (("merge", "missing", "new"), 2, "no adapter folder"),
+    (("merge", "ADAPTER", "new", "--shard-size", "big"), 2, "--shard-size takes a number"),
     (("merge", "truncated", "new"), 1, "truncated"),
     (("inspect", "missing"), 2, "no adapter folder"),
     (("inspect", "truncated"), 1, "cannot be read"),

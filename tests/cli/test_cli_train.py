@@ -140,6 +140,17 @@ def test_killed_run_resumes_to_the_same_adapter(cli, documents, tmp_path):
     assert steps == [str(i) for i in range(1, 17)]  # the curve has both parts
 
 
+@pytest.mark.parametrize(("every", "logged"), [(10, ["3"]), (2, ["2", "3"])])
+def test_the_last_step_is_logged(cli, documents, tmp_path, every, logged):
+    """Also where the run is shorter than the steps between two logs, which is so for a small first file."""
+    command = ("train", BASE, "--data", documents, "--output", tmp_path / "out", *QUICK)
+    answer = cli(*command, "--max-steps", 3, "--log-steps", every)
+    assert answer.code == 0, answer.err
+    rows = list(csv.DictReader((tmp_path / "out" / "loss.csv").open()))
+    assert [row["step"] for row in rows if row["loss"]] == logged
+    assert f"training loss {float(rows[-2]['loss'] or rows[-1]['loss']):.3f}" in answer.out
+
+
 def test_resume_refuses_other_settings(cli, documents, adapter, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in adapter.rglob("*")}
     answer = cli("train", BASE, "--data", documents, "--output", adapter, *QUICK, "--rank", 8, "--resume")
