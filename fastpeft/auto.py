@@ -141,13 +141,16 @@ def _adapter_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _make_room_for_tokens(base: nn.Module, adapter: str, revision: str | None, kwargs: dict[str, Any]) -> None:
     """Grow the embeddings of the base model to the vocabulary of the tokenizer that was saved with the adapter."""
     token = kwargs.get("token") or kwargs.get("use_auth_token")
-    exists = os.path.exists(os.path.join(adapter, TOKENIZER_CONFIG_NAME)) or check_file_exists_on_hf_hub(
-        repo_id=adapter,
-        filename=TOKENIZER_CONFIG_NAME,
-        revision=revision,
-        repo_type=kwargs.get("repo_type"),
-        token=token,
-    )
+    if os.path.isdir(adapter):  # then the hub has nothing to say of it
+        exists: bool | None = os.path.exists(os.path.join(adapter, TOKENIZER_CONFIG_NAME))
+    else:
+        exists = check_file_exists_on_hf_hub(
+            repo_id=adapter,
+            filename=TOKENIZER_CONFIG_NAME,
+            revision=revision,
+            repo_type=kwargs.get("repo_type"),
+            token=token,
+        )
     if not exists or not hasattr(base, "get_input_embeddings"):
         return
     tokenizer = AutoTokenizer.from_pretrained(

@@ -146,6 +146,13 @@ def test_embeddings_grow_to_a_larger_tokenizer(tmp_path, extra):
     assert output(loaded, "llama").shape[:2] == batch("llama")["input_ids"].shape
 
 
+def test_a_local_adapter_asks_nothing_of_the_hub(tmp_path, monkeypatch):
+    folder, model = saved(tmp_path, "llama")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert torch.equal(output(auto("llama").from_pretrained(folder), "llama"), output(model, "llama"))
+
+
 def test_there_are_no_instances():
     with pytest.raises(OSError, match=r"AutoPeftModelForCausalLM\.from_pretrained"):
         fastpeft.AutoPeftModelForCausalLM()
