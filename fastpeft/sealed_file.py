@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -132,6 +133,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Seal | None]:
         raise AdapterFileError(f"there is no weights file {path}; save the adapter there first, or correct the path")
     try:
         tensors, seal = _load(path)
+    except UnpicklingError as error:  # torch's own text advises weights_only=False, which would run the code
+        raise AdapterFileError(
+            f"{path} ({path.stat().st_size} bytes) is not a readable adapter: its pickle is damaged or holds more than "
+            "tensors, and could run code. Ask its author for adapter_model.safetensors"
+        ) from error
     except Exception as error:  # the readers raise a dozen types, from struct errors to UnpicklingError
         raise AdapterFileError(
             f"{path} ({path.stat().st_size} bytes) is not a readable adapter: {error}. The file is truncated or "
