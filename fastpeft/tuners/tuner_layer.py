@@ -58,6 +58,10 @@ class BaseTunerLayer(ABC):
 
     # State.
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the layer adds to its base weight, so that it can be written as LoRA. For methods to override."""
+        return False
+
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastpeft.not_yet import METHODS_NOT_YET
 from fastpeft.tuners import merging, targets
 from fastpeft.tuners.switching import (
     cast_adapter_dtype,
@@ -317,6 +318,11 @@ class BaseTuner(nn.Module, ABC):
 
     # Merging and removing.
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every adapter layer adds to its base weight, so that it can be written as LoRA."""
+        layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+        return all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put adapters into the base weights; their own weights are kept, for `unmerge_adapter`.
 
@@ -425,6 +431,8 @@ class BaseTuner(nn.Module, ABC):
         except AttributeError:
             if name == "model":  # not built yet: looking further would never end
                 raise
+            if name in METHODS_NOT_YET and not hasattr(self.model, name):
+                raise AttributeError(f"{name} is not supported yet; reference PEFT's models have it") from None
             return getattr(self.model, name)
 
 

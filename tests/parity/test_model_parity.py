@@ -12,6 +12,7 @@ from pairs import output, pair
 from safetensors.torch import load_file
 
 import fastpeft
+from fastpeft.not_yet import METHODS_NOT_YET
 
 FAMILIES = list(TASK_TYPES)
 MODEL_CLASSES = [name for name in fastpeft.__all__ if name.startswith("PeftModel")]
@@ -161,6 +162,19 @@ def test_generation_is_equal(family):
     options = {"max_new_tokens": 5, "num_beams": 3}
     theirs, ours = (model.generate(**inputs, **options) for model in models)
     assert torch.equal(ours, theirs)
+
+
+def test_lora_can_be_converted_to_lora():
+    ours, theirs = pair("llama")
+    assert ours.supports_lora_conversion() is theirs.supports_lora_conversion() is True
+    assert ours.base_model.supports_lora_conversion("default") is True
+
+
+def test_every_method_of_the_tuner_is_built_or_listed_as_not_yet():
+    missing = {
+        name for name in dir(peft.LoraModel) if not name.startswith("_") and not hasattr(fastpeft.LoraModel, name)
+    }
+    assert missing == METHODS_NOT_YET
 
 
 def test_prepare_inputs_for_generation_is_equal():

@@ -68,6 +68,8 @@ def test_the_first_adapter_freezes_the_base_and_the_tuner_looks_like_the_model()
     assert tuner.targeted_module_names[0] == "model.layers.0.self_attn.q_proj"
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = tuner.nothing_of_the_kind
+    with pytest.raises(AttributeError, match="add_weighted_adapter is not supported yet"):
+        _ = tuner.add_weighted_adapter
     assert torch.equal(logits(tuner), logits(tuner.model))
     assert logits(copy.deepcopy(tuner)).equal(logits(tuner))
 

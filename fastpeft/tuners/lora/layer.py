@@ -119,6 +119,10 @@ class LoraLayer(nn.Module, BaseTunerLayer):
 
     # Merging.
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """It is LoRA."""
+        return True
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base weight: in its layout, in the adapter's dtype."""
         return self.variants[adapter].delta_weight(self, adapter).to(self.base.factors(self, adapter)[1].dtype)
