@@ -18,13 +18,16 @@ class _TaskModel(PeftModel):
 
     def _forward_task(self, task_ids: Tensor | None, kwargs: dict[str, Any], **inputs: Any) -> Any:
         """Call the base model with the inputs that are given and with kwargs, special arguments taken out."""
+        self._refuse_task_ids(task_ids)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        with self._enable_peft_forward_hooks(**kwargs):
+            return self.base_model(**inputs, **self._base_kwargs(kwargs))
+
+    def _refuse_task_ids(self, task_ids: Tensor | None) -> None:
         if task_ids is not None:
             raise NotImplementedError(
                 f"task_ids belongs to methods that learn several tasks in one adapter; {self.peft_type} is not one"
             )
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        with self._enable_peft_forward_hooks(**kwargs):
-            return self.base_model(**inputs, **self._base_kwargs(kwargs))
 
     def _return_dict(self, return_dict: bool | None) -> bool:
         """The caller's choice, else the base model's setting."""
@@ -69,64 +72,42 @@ class _ModelWithHead(_TaskModel):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *self._head_names]))
 
 
-class PeftModelForSequenceClassification(_ModelWithHead):
+class _Classifier(_ModelWithHead):
+    """What the two that label have in common."""
+
+    _head_names = ("classifier", "score")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return self._forward_task(
+            task_ids,
+            kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=self._return_dict(return_dict),
+        )
+
+
+class PeftModelForSequenceClassification(_Classifier):
     """A model that labels sequences. Its head, `classifier` or `score`, trains and is saved with the adapter."""
 
-    _head_names = ("classifier", "score")
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._forward_task(
-            task_ids,
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=self._return_dict(return_dict),
-        )
-
-
-class PeftModelForTokenClassification(_ModelWithHead):
+class PeftModelForTokenClassification(_Classifier):
     """A model that labels tokens. Its head, `classifier` or `score`, trains and is saved with the adapter."""
-
-    _head_names = ("classifier", "score")
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._forward_task(
-            task_ids,
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=self._return_dict(return_dict),
-        )
 
 
 class PeftModelForQuestionAnswering(_ModelWithHead):
@@ -204,10 +185,7 @@ class _GeneratingModel(_TaskModel):
         self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The inputs of one decoding step, as the base model wants them."""
-        if task_ids is not None:
-            raise NotImplementedError(
-                f"task_ids belongs to methods that learn several tasks in one adapter; {self.peft_type} is not one"
-            )
+        self._refuse_task_ids(task_ids)
         inputs: dict[str, Any] = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
         return inputs
 
