@@ -6,7 +6,9 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import tiny_llama
 
+import fastpeft
 from fastpeft.config import PeftConfig
 from fastpeft.tuners.lora.config import _NOT_BUILT, LoraConfig, LoraRuntimeConfig
 
@@ -168,3 +170,24 @@ def test_round_trip(tmp_path_factory, config):
     assert loaded == config
     assert loaded.signature() == config.signature()
     assert loaded.to_json() == config.to_json()
+
+
+def test_a_config_is_checked_again_when_it_is_used():
+    """What is set after construction, or in a config of reference PEFT, is refused as well, not ignored."""
+    import peft
+
+    changed = LoraConfig(r=2, target_modules=["q_proj"])
+    changed.use_dora = True
+    reference = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    for config in (changed, reference):
+        model = tiny_llama()
+        with pytest.raises(NotImplementedError, match="use_dora=True: DoRA is not supported yet"):
+            fastpeft.get_peft_model(model, config)
+        assert not hasattr(model, "peft_config")
+    changed.use_dora, changed.lora_dropout = False, 1.5
+    with pytest.raises(ValueError, match="lora_dropout must be a probability"):
+        fastpeft.get_peft_model(tiny_llama(), changed)
+    plain = fastpeft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match="DoRA"):
+        plain.add_adapter("second", reference)
+    assert list(plain.peft_config) == ["default"]

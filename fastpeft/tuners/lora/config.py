@@ -125,10 +125,17 @@ class LoraConfig(PeftConfig):
         self.peft_type = PeftType.LORA
         self.target_modules = _as_set("target_modules", self.target_modules)
         self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
-        self._check_not_built()
-        self._check_numbers()
-        self._check_choices()
-        self._check_layer_selection()
+        self.check()
+
+    def check(self) -> None:
+        """Raise for values that cannot work or are not built yet; again when the config is used, it may have changed.
+
+        Works on a config of reference PEFT as well: `LoraConfig.check(config)`.
+        """
+        LoraConfig._check_not_built(self)
+        LoraConfig._check_numbers(self)
+        LoraConfig._check_choices(self)
+        LoraConfig._check_layer_selection(self)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

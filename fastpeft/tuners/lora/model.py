@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft.tuners.bases import EmbeddingBase, base_for
+from fastpeft.tuners.lora.config import LoraConfig
 from fastpeft.tuners.lora.layer import Embedding, Linear, LoraLayer, check_adapter
 from fastpeft.tuners.targets import resolve_pattern
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
@@ -23,6 +24,10 @@ class LoraModel(BaseTuner):
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        LoraConfig.check(config)
 
     def _check_target(self, peft_config: Any, target: nn.Module, current_key: str) -> None:
         if isinstance(target, BaseTunerLayer) and not isinstance(target, LoraLayer):
