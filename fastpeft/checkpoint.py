@@ -28,6 +28,7 @@ from fastpeft.adapter_keys import (
 from fastpeft.config import PeftConfig
 from fastpeft.saved_embeddings import embedding_keys
 from fastpeft.sealed_file import AdapterFileError, MixedAdapterError, read_tensors
+from fastpeft.tuners.switching import check_not_merged
 from fastpeft.tuners.tuners_utils import BaseTunerLayer
 from fastpeft.utils.modules import storage_identity
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
@@ -115,11 +116,12 @@ def set_peft_model_state_dict(
         `missing_keys`: keys of the whole model that got nothing; `unexpected_keys`: keys that fit nothing in it.
 
     Raises:
-        ValueError: the model has no such adapter, or weights of its `modules_to_save` are not there.
+        ValueError: the model has no such adapter, or it is merged, or weights of its `modules_to_save` are not there.
         RuntimeError: a tensor has another shape than the model's.
         NotImplementedError: the model is tensor-parallel.
     """
     _config_of(model, adapter_name)
+    check_not_merged(model, adapter_name)  # unmerging would subtract the new weights where the old ones were added
     _refuse_tensor_parallel(model)
     weights = with_model_keys(model, peft_model_state_dict, adapter_name)
     mismatched = _mismatched_shapes(model, weights)

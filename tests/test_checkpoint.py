@@ -202,6 +202,17 @@ def test_wrong_shapes_are_all_named_and_nothing_is_copied(low_cpu_mem_usage):
     assert_unchanged(model, before)
 
 
+def test_weights_do_not_go_into_a_merged_adapter():
+    """Unmerging subtracts what the adapter holds then: other weights would spoil the base for good."""
+    model = adapted()
+    weights = {key: value + 1 for key, value in get_peft_model_state_dict(model).items()}
+    model.merge_adapter()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"adapter 'default' is merged .*unmerge_adapter"):
+        set_peft_model_state_dict(model, weights)
+    assert_unchanged(model, before)
+
+
 def test_mismatched_sizes_can_be_left_out():
     weights = get_peft_model_state_dict(adapted())
     key = next(iter(weights))

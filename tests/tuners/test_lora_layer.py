@@ -300,6 +300,17 @@ def test_16_bit_adapters_are_multiplied_in_fp32_before_they_are_merged():
     torch.testing.assert_close(layer.base_layer.weight, expected)
 
 
+def test_a_scale_that_changes_while_merged_does_not_spoil_the_base():
+    layer = lora("linear", lora_bias=True)
+    weight, bias = layer.base_layer.weight.clone(), layer.base_layer.bias.clone()
+    layer.merge()
+    layer.set_scale("default", 5.0)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.weight, weight)
+    torch.testing.assert_close(layer.base_layer.bias, bias)
+    assert layer.scaling["default"] == 5.0 * 3 / R
+
+
 def test_merging_keeps_the_storage_that_tied_weights_share():
     layer = lora("linear, no bias")
     tied = layer.base_layer.weight.data

@@ -52,6 +52,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self.lora_bias: dict[str, bool] = {}
         self.variants: dict[str, LoraVariant] = {}
         self.merged_adapters: list[str] = []
+        self._merged_scaling: dict[str, float] = {}  # with which the merged adapters were merged
         self.cast_input_dtype_enabled = True
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -151,6 +152,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
             self._check_mergeable(names)
             self._store(*self._merged_tensors(names, safe_merge))
             self.merged_adapters += names
+            self._merged_scaling |= {name: self.scaling[name] for name in names}
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -160,11 +162,17 @@ class LoraLayer(nn.Module, BaseTunerLayer):
             return
         module = self.get_base_layer()
         weight, bias = module.weight.data, getattr(module, "bias", None)
-        for name in reversed(self.merged_adapters):
-            weight = self.variants[name].unmerge(self, name, weight)
-            bias = self._with_factor_bias(name, bias, -1)
+        scaling = dict(self.scaling)
+        self.scaling.update(self._merged_scaling)
+        try:
+            for name in reversed(self.merged_adapters):
+                weight = self.variants[name].unmerge(self, name, weight)
+                bias = self._with_factor_bias(name, bias, -1)
+        finally:
+            self.scaling.update(scaling)
         self._store(weight, bias)
         self.merged_adapters = []
+        self._merged_scaling = {}
 
     def _check_mergeable(self, names: Sequence[str]) -> None:
         for name in names:
