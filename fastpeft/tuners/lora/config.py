@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -136,6 +136,7 @@ class LoraConfig(PeftConfig):
         LoraConfig._check_numbers(self)
         LoraConfig._check_choices(self)
         LoraConfig._check_layer_selection(self)
+        LoraConfig._check_expressions(self)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -187,6 +188,23 @@ class LoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: which of those layers")
+        layers = self.layers_to_transform
+        chosen = layers if isinstance(layers, Collection) else [] if layers is None else [layers]
+        if not all(isinstance(number, numbers.Integral) for number in chosen):
+            raise TypeError(f"layers_to_transform must be a layer's number or a list of them; got {layers!r}")
+
+    def _check_expressions(self) -> None:
+        """What is read as a regular expression is one: deep in, the error would name no field."""
+        expressions = [(f"rank_pattern[{key!r}]", rf"(.*\.)?({key})$") for key in self.rank_pattern or {}]
+        expressions += [(f"alpha_pattern[{key!r}]", rf"(.*\.)?({key})$") for key in self.alpha_pattern or {}]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                expressions.append((f"{name}={value!r}", value))
+        for name, expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{name} is no regular expression: {error.msg}") from error
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
