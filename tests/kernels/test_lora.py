@@ -125,6 +125,19 @@ def test_sums_over_several_planes_of_rows(dtypes, device):
         assert_as_close_as_torch(key, ours[key], eager[key], exact[key])
 
 
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+def test_several_tiles(name, dtypes, device):
+    """More rows and more columns than one tile of the path on a CPU, the last tiles not full."""
+    op, eager_op, pick = OPS[name]
+    t = operands((1100, 1500, 1300, 8), dtypes, device)
+    inputs, dout = pick(t), t["dout"]
+    ours, eager = run(op, leaves(inputs), dout), run(eager_op, leaves(inputs), dout)
+    exact = run(eager_op, leaves(inputs, torch.float64), dout)
+    for key in eager:
+        assert_as_close_as_torch(key, ours[key], eager[key], exact[key])
+
+
 @pytest.mark.parametrize("path", BACKENDS)
 def test_expanded_gradient_and_batch_dimensions(path, device):
     t = operands((12, 40, 36, 8), (torch.float32, torch.float32), device)
@@ -184,7 +197,7 @@ def test_sums_over_many_rows_do_not_lose_the_last_ones(narrow, device):
     mask = reference.draw_mask(M, K, 0.1, torch.device(device))
     dropped = reference.apply_mask(x, mask)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "CHUNK", 1)  # the smallest chunks, as for wide layers
+        patch.setattr(reference, "TILE_ROWS", 64)  # the smallest tiles, as for wide layers
         dA = reference.outer(x, S, mask)
         _, dB = reference._output_pass(x.float(), S.new_zeros(K, r), S, 1.0)
     exact = S.double().t() @ dropped.double()
