@@ -24,6 +24,8 @@ from torch import Tensor
 TILE = 1 << 18  # elements: 1 MB once widened to fp32, a second-level cache
 TILE_ROWS, TILE_COLUMNS = 256, 1024  # at most so many: longer fp32 sums of oneDNN are noisier than torch.mm's
 
+FEW_ROWS = 16  # decoding: bound by the number of torch's operators, not by what they move
+
 MASK_BITS = 32  # columns in one word of a mask
 KEEP_LEVELS = 1 << 16  # the probability to keep an element is a multiple of 1 / KEEP_LEVELS
 
@@ -104,8 +106,8 @@ def _tiles(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple
 
 def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """S = scale · drop(x) Aᵀ: x (M, K), A (r, K) of any strides -> (M, r) in A's dtype."""
-    if mask is None and x.dtype == A.dtype:
-        return torch.mm(x, A.t()).mul_(scale)
+    if mask is None and (x.dtype == A.dtype or x.shape[0] <= FEW_ROWS):
+        return torch.mm(x.to(A.dtype), A.t()).mul_(scale)
     S = torch.zeros((x.shape[0], A.shape[0]), dtype=_sum_dtype(A), device=x.device)
     for rows, columns, tile in _tiles(x, mask, A.dtype):
         S[rows] += _product(tile, A[:, columns].contiguous())
@@ -151,6 +153,8 @@ def _onednn_linear() -> Callable[..., Tensor] | None:
 
 def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
     """out += drop(S Bᵀ) in place: out (M, N), S (M, r), B (N, r) of any strides, S and B of one dtype."""
+    if mask is None and S.dtype != out.dtype and out.shape[0] <= FEW_ROWS:
+        return out.add_(torch.mm(S, B.t()))
     if S.dtype == torch.float32 and out.dtype == torch.bfloat16:
         S, B = _bf16_halves(S, (0, 1, 0)), _bf16_halves(B, (0, 0, 1))
     if S.dtype == out.dtype:

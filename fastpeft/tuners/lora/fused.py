@@ -19,16 +19,15 @@ from torch.nn.modules import module as torch_module
 
 from fastpeft_kernels import lora_add, lora_linear
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LINEAR_FORWARD = nn.Linear.forward
 
 
 def obstacle_to_adding(layer: Any, adapter: str) -> str | None:
     """Why an adapter's own modules must be called, or None: then its weights may go to an op."""
-    if adapter not in layer.lora_A:
+    A, B, dropout = _pair(layer, adapter)
+    if A is None:
         return "not a linear layer"
-    A, B, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
-    if B.bias is not None:
+    if B._parameters["bias"] is not None:
         return "lora_bias is set"
     if not layer.cast_input_dtype_enabled:
         return "input dtype casting is switched off"
@@ -37,45 +36,63 @@ def obstacle_to_adding(layer: Any, adapter: str) -> str | None:
     for name, module in (("lora_A", A), ("lora_B", B)):
         if (reason := _not_a_plain_linear(name, module)) is not None:
             return reason
-    if A.weight.dtype != B.weight.dtype:
+    if A._parameters["weight"].dtype != B._parameters["weight"].dtype:
         return "lora_A and lora_B differ in dtype"
-    return _watched({"lora_A": A, "lora_B": B, "lora_dropout": dropout})
+    return _watched_everywhere() or _watched("lora_A", A) or _watched("lora_B", B) or _watched("lora_dropout", dropout)
+
+
+def _pair(layer: Any, adapter: str) -> tuple[Any, Any, Any]:
+    """lora_A, lora_B and lora_dropout of an adapter, None where this layer has none.
+
+    Read from the modules' own tables, here and below: nn.Module's attribute look-up, thirty times a forward, would cost
+    as much as the products of a single row.
+    """
+    modules = layer._modules
+    return tuple(modules[name]._modules.get(adapter) for name in ("lora_A", "lora_B", "lora_dropout"))  # type: ignore[return-value]
 
 
 def obstacle_to_owning(layer: Any) -> str | None:
     """Why the base module must be called, or None: then an op may read its weight and own the base product."""
-    base = layer.base_layer
+    base = layer._modules["base_layer"]
     if (reason := _not_a_plain_linear("the base layer", base)) is not None:
         return reason
-    weight, bias = base.weight, base.bias
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
     if weight.requires_grad:
         return "the base weight is trained"
     if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != weight.dtype):
         return "the base bias is no Parameter of the weight's dtype"
-    return _watched({"the base layer": base})
+    return _watched_everywhere() or _watched("the base layer", base)
 
 
 def _not_a_plain_linear(name: str, module: nn.Module) -> str | None:
     """Subclasses of Linear (quantised ones) and of Tensor inside a Linear (quantisers, sharding) compute otherwise."""
     if type(module) is not nn.Linear:
         return f"{name} is a {type(module).__name__}, not exactly torch.nn.Linear"
-    if type(module.weight) is not nn.Parameter:
-        return f"the weight of {name} is a {type(module.weight).__name__}"
-    return f"the weight of {name} is on the meta device" if module.weight.is_meta else None
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return f"the weight of {name} is a {type(getattr(module, 'weight', None)).__name__}"
+    return f"the weight of {name} is on the meta device" if weight.is_meta else None
 
 
-def _watched(modules: dict[str, nn.Module]) -> str | None:
-    """Who would notice that a module was not called."""
-    if any(getattr(torch_module, f"_global{kind}") for kind in _HOOKS):
+def _watched_everywhere() -> str | None:
+    """Who would notice that any module was not called."""
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
         return "a global module hook is registered"
     if nn.Linear.forward is not _LINEAR_FORWARD:
         return "the forward of torch.nn.Linear was replaced"
-    for name, module in modules.items():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"a hook is registered on {name}"
-        if "forward" in module.__dict__:
-            return f"the forward of {name} was replaced"
     return None
+
+
+def _watched(name: str, module: nn.Module) -> str | None:
+    """Who would notice that this module was not called."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"a hook is registered on {name}"
+    return f"the forward of {name} was replaced" if "forward" in module.__dict__ else None
 
 
 def obstacle_to_fusing(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype, autocast: bool) -> str | None:
@@ -87,8 +104,8 @@ def obstacle_to_fusing(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype
             return f"{type(layer.variants[name]).__name__} has no op that owns the base product"
         if (reason := obstacle_to_adding(layer, name)) is not None:
             return reason
-    weight_dtype = layer.base_layer.weight.dtype
-    dtypes = {name: layer.lora_A[name].weight.dtype for name in adapters}
+    weight_dtype = layer._modules["base_layer"]._parameters["weight"].dtype
+    dtypes = {name: _pair(layer, name)[0]._parameters["weight"].dtype for name in adapters}
     if autocast:
         together = {x_dtype, weight_dtype, *dtypes.values()}
         if torch.float64 in together and len(together) > 1:
@@ -120,7 +137,7 @@ def _ordinary(x: Tensor) -> bool:
 
 
 def _dropout_p(layer: Any, adapter: str) -> float:
-    dropout = layer.lora_dropout[adapter]
+    dropout = _pair(layer, adapter)[2]
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -133,21 +150,26 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
         return None
     if obstacle_to_fusing(layer, adapters, x.dtype, torch.is_autocast_enabled(x.device.type)) is not None:
         return None
-    base = layer.base_layer
-    pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in adapters]
+    base = layer._modules["base_layer"]._parameters
+    pairs = [_weights(layer, name) for name in adapters]
     if len(adapters) == 1:
         name, (A, B) = adapters[0], pairs[0]
-        return lora_linear(x, base.weight, base.bias, A, B, layer.scaling[name], _dropout_p(layer, name))
+        return lora_linear(x, base["weight"], base["bias"], A, B, layer.scaling[name], _dropout_p(layer, name))
     A = torch.cat([A for A, _ in pairs])
     B = torch.cat([B * layer.scaling[name] for name, (_, B) in zip(adapters, pairs, strict=True)], dim=1)
-    return lora_linear(x, base.weight, base.bias, A, B, 1.0)
+    return lora_linear(x, base["weight"], base["bias"], A, B, 1.0)
+
+
+def _weights(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    A, B, _ = _pair(layer, adapter)
+    return A._parameters["weight"], B._parameters["weight"]
 
 
 def add_low_rank(layer: Any, adapter: str, out: Tensor, x: Tensor) -> Tensor:
     """out + scaling · drop(x) Aᵀ Bᵀ: by the op, in out's dtype; or by the modules, in the wider of both dtypes."""
     if not (_ordinary(x) and _ordinary(out)) or obstacle_to_adding(layer, adapter) is not None:
         return out + layer.base.low_rank(layer, adapter, x)
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    A, B = _weights(layer, adapter)
     return lora_add(out, x, A, B, layer.scaling[adapter], _dropout_p(layer, adapter))
 
 
