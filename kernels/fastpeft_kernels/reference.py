@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 1 << 18  # elements: 1 MB once widened to fp32, a second-level cache
-TILE_ROWS, TILE_COLUMNS = 256, 1024  # at most so many: longer fp32 sums of oneDNN are noisier than torch.mm's
+TILE = 1 << 19  # elements: 2 MB once widened to fp32, a second-level cache or little more
+TILE_COLUMNS, SUMMED_ROWS = 1536, 256  # longer sums in one go are noisier than torch.mm's own
 
 FEW_ROWS = 16  # decoding: bound by the number of torch's operators, not by what they move
 
@@ -86,31 +86,44 @@ def dropout(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def _row_chunks(M: int, columns: int) -> Iterator[slice]:
-    rows = min(TILE_ROWS, max(64, TILE // max(columns, 1) // 64 * 64))
+    rows = max(64, TILE // max(columns, 1) // 64 * 64)
     return (slice(start, start + rows) for start in range(0, M, rows))
 
 
-def _tiles(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows, columns, drop(x) there in `dtype`, contiguous): each tile fits the cache and is short enough to be summed
-    in fp32 in one go."""
-    M, K = x.shape
-    width = -(-K // max(1, -(-K // TILE_COLUMNS)))  # as few column blocks as go, of even width
-    width = -(-width // MASK_BITS) * MASK_BITS
-    for start in range(0, K, width):
-        columns = slice(start, start + width)
-        words = slice(start // MASK_BITS, (start + width) // MASK_BITS)
-        for rows in _row_chunks(M, width):
-            tile = x[rows, columns] if mask is None else apply_mask(x[rows, columns], mask[rows, words])
-            yield rows, columns, tile.to(dtype).contiguous()
+def _split(t: Tensor, size: int, dim: int = 0) -> tuple[Tensor, ...]:
+    return t.split(size, dim)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _tile_shape(x: Tensor, most_rows: int) -> tuple[int, int]:
+    """(rows, columns) of the tiles of x: as few column blocks as go, of even width."""
+    K = x.shape[1]
+    width = -(-K // max(1, -(-K // TILE_COLUMNS)))
+    width = max(1, -(-width // MASK_BITS)) * MASK_BITS
+    return min(most_rows, max(64, TILE // width // 64 * 64)), width
+
+
+def _tiles(x: Tensor, mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Iterator[Iterator[Tensor]]:
+    """Block of columns by block, the tiles of drop(x) from the first row to the last: in `dtype`, contiguous."""
+    rows, columns = shape
+    if mask is None:
+        for block in _split(x, columns, dim=1):
+            yield (tile.to(dtype).contiguous() for tile in _split(block, rows))
+        return
+    for block, bits in zip(_split(x, columns, dim=1), _split(mask, columns // MASK_BITS, dim=1), strict=True):
+        pairs = zip(_split(block, rows), _split(bits, rows), strict=True)
+        yield (apply_mask(tile, tile_bits).to(dtype) for tile, tile_bits in pairs)
 
 
 def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """S = scale · drop(x) Aᵀ: x (M, K), A (r, K) of any strides -> (M, r) in A's dtype."""
     if mask is None and (x.dtype == A.dtype or x.shape[0] <= FEW_ROWS):
         return torch.mm(x.to(A.dtype), A.t()).mul_(scale)
+    rows, columns = shape = _tile_shape(x, most_rows=TILE)
     S = torch.zeros((x.shape[0], A.shape[0]), dtype=_sum_dtype(A), device=x.device)
-    for rows, columns, tile in _tiles(x, mask, A.dtype):
-        S[rows] += _product(tile, A[:, columns].contiguous())
+    for A_block, tiles in zip(_split(A, columns, dim=1), _tiles(x, mask, A.dtype, shape), strict=True):
+        A_block = A_block.contiguous()
+        for S_rows, tile in zip(_split(S, rows), tiles, strict=True):
+            S_rows.add_(_product(tile, A_block))
     return S.mul_(scale).to(A.dtype)
 
 
@@ -118,10 +131,30 @@ def outer(x: Tensor, S: Tensor, mask: Tensor | None) -> Tensor:
     """Sᵀ drop(x): x (M, K), S (M, r) -> (r, K) in S's dtype."""
     if mask is None and x.dtype == S.dtype and _onednn(S) is None:
         return torch.mm(S.t(), x)
+    rows, columns = shape = _tile_shape(x, most_rows=SUMMED_ROWS)
     total = torch.zeros((S.shape[1], x.shape[1]), dtype=_sum_dtype(S), device=x.device)
-    for rows, columns, tile in _tiles(x, mask, S.dtype):
-        total[:, columns] += _product(S[rows].t().contiguous(), tile.t())
+    St = [part.t().contiguous() for part in _split(S, rows)]
+    for total_block, tiles in zip(_split(total, columns, dim=1), _tiles(x, mask, S.dtype, shape), strict=True):
+        for St_rows, tile in zip(St, tiles, strict=True):
+            total_block.add_(_product(St_rows, tile.t()))
     return total.to(S.dtype)
+
+
+def _output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(dS, dB) with each tile of dout widened once for both: (M, r) and (N, r) in S's dtype."""
+    if dout.dtype == S.dtype:
+        return shrink(dout, B.t(), None, scale), outer(dout, S, None).t().contiguous()
+    rows, columns = shape = _tile_shape(dout, most_rows=SUMMED_ROWS)
+    dS = torch.zeros_like(S, dtype=_sum_dtype(S))
+    dB = torch.zeros((S.shape[1], dout.shape[1]), dtype=_sum_dtype(S), device=S.device)
+    St = [part.t().contiguous() for part in _split(S, rows)]
+    blocks = zip(_split(B, columns), _split(dB, columns, dim=1), _tiles(dout, None, S.dtype, shape), strict=True)
+    for B_block, dB_block, tiles in blocks:
+        Bt_block = B_block.t().contiguous()
+        for dS_rows, St_rows, tile in zip(_split(dS, rows), St, tiles, strict=True):
+            dS_rows.add_(_product(tile, Bt_block))
+            dB_block.add_(_product(St_rows, tile.t()))
+    return dS.mul_(scale).to(S.dtype), dB.t().contiguous().to(S.dtype)
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:
@@ -141,7 +174,7 @@ def _onednn(t: Tensor) -> Callable[..., Tensor] | None:
     torch.mm hands fp32 to MKL, which takes twice as long for these narrow shapes on processors of other makers
     (512 x 16 x 512, one Zen 5 core: 94 against 49 us). torch's compiler takes the same way past it for linear layers.
     """
-    return _onednn_linear() if t.dtype == torch.float32 and t.device.type == "cpu" else None
+    return _onednn_linear() if t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() else None
 
 
 @functools.cache
@@ -161,11 +194,11 @@ def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Te
         if mask is None:
             return out.addmm_(S, B.t())
         for rows in _row_chunks(*out.shape):
-            out[rows] += apply_mask(torch.mm(S[rows], B.t()), mask[rows])
+            out[rows].add_(apply_mask(torch.mm(S[rows], B.t()), mask[rows]))
         return out
     for rows in _row_chunks(*out.shape):
         delta = torch.mm(S[rows], B.t())
-        out[rows] += delta if mask is None else apply_mask(delta, mask[rows])
+        out[rows].add_(delta if mask is None else apply_mask(delta, mask[rows]))
     return out
 
 
@@ -205,7 +238,7 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB); dx is empty, of shape (0,), where it is not needed."""
     dS, dB = _output_pass(dout, B, S, scale)
-    dx = expand_(torch.mm(dout, W), dS, A.t(), mask) if need_dx else x.new_empty(0)
+    dx = _add_dx_(torch.mm(dout, W), dS, A, mask) if need_dx else x.new_empty(0)
     return dx, outer(x, dS, mask), dB
 
 
@@ -223,16 +256,11 @@ def lora_add_backward(
     dA = outer(x, dS, mask)
     if not need_dx:
         return x.new_empty(0), dA, dB
-    return expand_(torch.zeros_like(x, memory_format=torch.contiguous_format), dS, A.t(), mask), dA, dB
+    return _add_dx_(torch.zeros_like(x, memory_format=torch.contiguous_format), dS, A, mask), dA, dB
 
 
-def _output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(dS, dB) with each tile of dout widened once for both: (M, r) and (N, r) in S's dtype."""
-    if dout.dtype == S.dtype:
-        return shrink(dout, B.t(), None, scale), outer(dout, S, None).t().contiguous()
-    dS = torch.zeros_like(S, dtype=_sum_dtype(S))
-    dB = torch.zeros((S.shape[1], dout.shape[1]), dtype=_sum_dtype(S), device=S.device)
-    for rows, columns, tile in _tiles(dout, None, S.dtype):
-        dS[rows] += _product(tile, B[columns].t().contiguous())
-        dB[:, columns] += _product(S[rows].t().contiguous(), tile.t())
-    return dS.mul_(scale).to(S.dtype), dB.t().contiguous().to(S.dtype)
+def _add_dx_(dx: Tensor, dS: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    """dx += drop'(dS A) in place. Eager torch rounds this product to bf16 before it adds it: bf16 factors will do."""
+    if dx.dtype == torch.bfloat16:
+        dS, A = dS.to(dx.dtype), A.to(dx.dtype)
+    return expand_(dx, dS, A.t(), mask)

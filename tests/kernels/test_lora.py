@@ -197,7 +197,7 @@ def test_sums_over_many_rows_do_not_lose_the_last_ones(narrow, device):
     mask = reference.draw_mask(M, K, 0.1, torch.device(device))
     dropped = reference.apply_mask(x, mask)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "TILE_ROWS", 64)  # the smallest tiles, as for wide layers
+        patch.setattr(reference, "SUMMED_ROWS", 64)  # the smallest tiles, as for wide layers
         dA = reference.outer(x, S, mask)
         _, dB = reference._output_pass(x.float(), S.new_zeros(K, r), S, 1.0)
     exact = S.double().t() @ dropped.double()
