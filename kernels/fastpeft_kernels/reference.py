@@ -91,6 +91,8 @@ def _row_chunks(M: int, columns: int) -> Iterator[slice]:
 
 
 def _split(t: Tensor, size: int, dim: int = 0) -> tuple[Tensor, ...]:
+    if t.shape[dim] <= size:
+        return (t,)  # the usual case, and torch's own split is slow Python
     return t.split(size, dim)  # type: ignore[no-untyped-call,no-any-return]
 
 
