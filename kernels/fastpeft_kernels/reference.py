@@ -254,10 +254,8 @@ def lora_add_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB) of the low-rank part alone; dx is empty, of shape (0,), where it is not needed."""
     dS, dB = _output_pass(dout, B, S, scale)
-    dA = outer(x, dS, mask)
-    if not need_dx:
-        return x.new_empty(0), dA, dB
-    return _add_dx_(torch.zeros_like(x, memory_format=torch.contiguous_format), dS, A, mask), dA, dB
+    dx = _add_dx_(torch.zeros(x.shape, dtype=x.dtype, device=x.device), dS, A, mask) if need_dx else x.new_empty(0)
+    return dx, outer(x, dS, mask), dB
 
 
 def _add_dx_(dx: Tensor, dS: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
