@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fastpeft.tuners.lora import LoraConfig as LoraConfig
     from fastpeft.tuners.lora import LoraModel as LoraModel
     from fastpeft.tuners.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+    from fastpeft.tuners.shared_inputs import share_inputs as share_inputs
     from fastpeft.utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
     from fastpeft.utils.error import PeftError as PeftError
     from fastpeft.utils.other import cast_mixed_precision_params as cast_mixed_precision_params
@@ -90,6 +91,7 @@ _import_name, __all__ = lazy_names(
         "fastpeft.status": ["get_layer_status", "get_model_status"],
         "fastpeft.tuners.lora": ["LoraConfig", "LoraModel"],
         "fastpeft.tuners.lora.config": ["LoraRuntimeConfig"],
+        "fastpeft.tuners.shared_inputs": ["share_inputs"],
         "fastpeft.utils.error": ["NoMatchingPeftModuleError", "PeftError"],
         "fastpeft.utils.other": [
             "cast_mixed_precision_params",

@@ -25,6 +25,7 @@ class LayerPath:
         path: "fused" (one op owns the base product), "added" (the base module, then one op), "plain" (modules only),
             or "base" (the base module alone: merged, disabled, or no active adapter here).
         backend: what runs the ops, "triton" or "torch"; "-" where no op of ours runs.
+        shares: names of the siblings that the same op computes, because their parent calls them on the same tensor.
         why: why no faster path is taken; empty for "fused".
     """
 
@@ -32,6 +33,7 @@ class LayerPath:
     adapters: tuple[str, ...]
     path: str
     backend: str
+    shares: tuple[str, ...]
     why: str
 
 
@@ -63,22 +65,22 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _explain_layer(name: str, layer: BaseTunerLayer) -> LayerPath:
-    from fastpeft.tuners.lora.fused import path_of
+    from fastpeft.tuners.lora.fused import path_of, sharing_siblings
     from fastpeft.tuners.lora.layer import LoraLayer
 
     if not isinstance(layer, LoraLayer):
-        return LayerPath(name, tuple(layer.active_adapters), "plain", "-", f"{type(layer).__name__} has no ops yet")
+        return LayerPath(name, tuple(layer.active_adapters), "plain", "-", (), f"{type(layer).__name__} has no ops yet")
     adapters = tuple(a for a in layer.active_adapters if a in layer.r)
     if layer.disable_adapters:
-        return LayerPath(name, adapters, "base", "-", "adapters are disabled")
+        return LayerPath(name, adapters, "base", "-", (), "adapters are disabled")
     if layer.merged:
-        return LayerPath(name, tuple(layer.merged_adapters), "base", "-", "merged into the base weight")
+        return LayerPath(name, tuple(layer.merged_adapters), "base", "-", (), "merged into the base weight")
     if not adapters:
-        return LayerPath(name, (), "base", "-", "no active adapter on this layer")
+        return LayerPath(name, (), "base", "-", (), "no active adapter on this layer")
     path, why = path_of(layer, adapters)
     weight = layer.get_base_layer().weight
     backend = "-" if path == "plain" else "triton" if _runs_triton(weight) else "torch"
-    return LayerPath(name, adapters, path, backend, why)
+    return LayerPath(name, adapters, path, backend, sharing_siblings(layer), why)
 
 
 def _runs_triton(weight: torch.Tensor) -> bool:

@@ -55,12 +55,14 @@ def check_one_step(rank: int, wrapper: str) -> None:
 
     calls: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        op = fused.lora_linear
-        patch.setattr(fused, "lora_linear", lambda *args: calls.append(1) or op(*args))
+        alone_op, group_op = fused.lora_linear, fused.lora_group
+        patch.setattr(fused, "lora_linear", lambda *args: calls.append(1) or alone_op(*args))
+        patch.setattr(fused, "lora_group", lambda x, members: calls.append(len(members)) or group_op(x, members))
         model = WRAPPERS[wrapper](adapted())
         model(**batch("llama", seed=rank)).loss.backward()
     passes = 2 if "checkpointed" in wrapper else 1
-    assert len(calls) == passes * len(fastpeft.explain(alone)), f"{wrapper}: a layer was not fused"
+    assert sum(calls) == passes * len(fastpeft.explain(alone)), f"{wrapper}: a layer was not fused"
+    assert {2, 3} < set(calls), f"{wrapper}: q, k and v, or gate and up, were not computed together"
 
     together, exact = gradients(model), gradients(alone)
     assert together.keys() == exact.keys(), wrapper

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from fastpeft.tuners.shared_inputs import dissolve_groups
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
 from fastpeft.utils.integrations import onload_layer
@@ -50,6 +51,7 @@ def unload(model: nn.Module, merge: bool, progressbar: bool, safe_merge: bool, a
         merge: put the adapters into the base weights first, and leave trained copies of `modules_to_save` in place.
             Otherwise the original modules come back.
     """
+    dissolve_groups(model)
     keys = [key for key, m in model.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     keys.reverse()  # innermost first: an adapter layer may be part of a module that is trained whole
     for key in tqdm(keys, disable=not progressbar, desc="Merging" if merge else "Unloading"):

@@ -56,29 +56,30 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 @torch.library.custom_op("fastpeft::draw_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _draw_mask(x: Tensor, p: float) -> Tensor:
-    return _run_draw_mask(x, p)
+def _draw_mask(x: Tensor, p: float, copies: int) -> Tensor:
+    return _run_draw_mask(x, p, copies)
 
 
-def _run_draw_mask(x: Tensor, p: float) -> Tensor:
+def _run_draw_mask(x: Tensor, p: float, copies: int) -> Tensor:
+    M, K = x.shape
     if use_triton(x):
         from fastpeft_kernels.gpu import dropout as gpu  # triton is imported when first needed
 
-        return gpu.draw_mask(x.shape[0], x.shape[1], p, x.device)
-    return reference.draw_mask(x.shape[0], x.shape[1], p, x.device)
+        return gpu.draw_mask(copies * M, K, p, x.device)
+    return reference.draw_mask(copies * M, K, p, x.device)
 
 
 @_draw_mask.register_fake
-def _(x: Tensor, p: float) -> Tensor:
-    return x.new_empty((x.shape[0], reference.mask_words(x.shape[1])), dtype=torch.int32)
+def _(x: Tensor, p: float, copies: int) -> Tensor:
+    return x.new_empty((copies * x.shape[0], reference.mask_words(x.shape[1])), dtype=torch.int32)
 
 
-def draw_mask(x: Tensor, p: float) -> Tensor:
-    """A fresh mask for x of shape (M, K), from torch's generator: (M, ⌈K / 32⌉) int32, each bit 1 with 1 - p.
+def draw_mask(x: Tensor, p: float, copies: int = 1) -> Tensor:
+    """Fresh masks for x of shape (M, K), from torch's generator: (copies · M, ⌈K / 32⌉) int32, each bit 1 with 1 - p.
 
     Bit j of word w is column 32 w + j; a 1 keeps. Only shape and device of x are read.
     """
-    return _draw_mask(x, p) if torch.compiler.is_compiling() else _run_draw_mask(x, p)
+    return _draw_mask(x, p, copies) if torch.compiler.is_compiling() else _run_draw_mask(x, p, copies)
 
 
 @torch.library.custom_op("fastpeft::dropout", mutates_args=())

@@ -43,16 +43,8 @@ def lora_linear(
     Raises:
         ValueError: shapes or dtypes do not fit, W is to be trained, or p is outside [0, 1).
     """
-    x, W, bias, lora_A, lora_B = _autocast(x, W, bias, lora_A, lora_B)
-    _check_pair(x, lora_A, lora_B, N=W.shape[0])
-    if W.ndim != 2 or W.shape[1] != x.shape[-1] or W.dtype != x.dtype:
-        raise ValueError(
-            f"W must be (N, K) = (N, {x.shape[-1]}) of x's dtype {x.dtype}; got {tuple(W.shape)} of {W.dtype}"
-        )
-    if W.requires_grad:
-        raise ValueError("lora_linear has no gradient for W: freeze it, or add the low-rank part with lora_add")
-    if bias is not None and (bias.shape != (W.shape[0],) or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be ({W.shape[0]},) of {x.dtype}; got {tuple(bias.shape)} of {bias.dtype}")
+    x, W, bias, lora_A, lora_B = autocast_operands(x, W, bias, lora_A, lora_B)
+    check_linear(x, W, bias, lora_A, lora_B)
     rows = x.reshape(-1, x.shape[-1])
     mask, scale = _mask_and_scale(rows, scaling, dropout_p)
     inputs = (rows, W, bias, lora_A, lora_B, mask, scale)
@@ -83,7 +75,7 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     Raises:
         ValueError: shapes or dtypes do not fit, or p is outside [0, 1).
     """
-    x, lora_A, lora_B = _autocast(x, lora_A, lora_B)
+    x, lora_A, lora_B = autocast_operands(x, lora_A, lora_B)
     if not (lora_A.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         x = x.to(lora_A.dtype)
     _check_pair(x, lora_A, lora_B, N=out.shape[-1])
@@ -102,7 +94,7 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     return result.view(out.shape)
 
 
-def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+def autocast_operands(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """The operands as autocast would hand them to a linear layer: 16- and 32-bit floats in its dtype."""
     if not torch.is_autocast_enabled(x.device.type):
         return (x, *others)
@@ -110,9 +102,21 @@ def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     on = torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
+
+
+def check_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+    _check_pair(x, A, B, N=W.shape[0])
+    if W.ndim != 2 or W.shape[1] != x.shape[-1] or W.dtype != x.dtype:
+        raise ValueError(
+            f"W must be (N, K) = (N, {x.shape[-1]}) of x's dtype {x.dtype}; got {tuple(W.shape)} of {W.dtype}"
+        )
+    if W.requires_grad:
+        raise ValueError("lora_linear has no gradient for W: freeze it, or add the low-rank part with lora_add")
+    if bias is not None and (bias.shape != (W.shape[0],) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be ({W.shape[0]},) of {x.dtype}; got {tuple(bias.shape)} of {bias.dtype}")
 
 
 def _check_pair(x: Tensor, A: Tensor, B: Tensor, N: int) -> None:
@@ -153,7 +157,7 @@ def _run_linear_backward(
     scale: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with _no_autocast(x):  # backward may be called inside a block of autocast
+    with no_autocast(x):  # backward may be called inside a block of autocast
         if use_triton(x):
             from fastpeft_kernels.gpu import lora as gpu
 
@@ -236,7 +240,7 @@ def _run_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, 
 def _run_add_backward(
     dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with _no_autocast(x):
+    with no_autocast(x):
         if use_triton(x, dout):
             from fastpeft_kernels.gpu import lora as gpu
 

@@ -6,66 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lora_operands import BACKENDS, DTYPES, LAYOUTS, SHAPES, eager_add, eager_linear, leaves, operands, run
 from numerics import assert_as_close_as_torch
 from torch import Tensor
 
-from fastpeft_kernels import backend, dropout, lora, lora_add, lora_linear, reference
-
-BACKENDS = ["torch", "triton"]
-SHAPES = [(1, 1, 1, 1), (7, 33, 65, 4), (130, 200, 96, 16), (5, 64, 40, 80)]  # M, K, N, r
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.float16, torch.float16),
-]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "dense": lambda t: t,
-    "every-second-column": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
-    "transposed": lambda t: t.t().contiguous().t(),
-}
-
-
-def eager_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """PEFT's formula and order of roundings."""
-    return (out + F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(out.dtype)
-
-
-def eager_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return eager_add(F.linear(x, W, bias), x, A, B, scaling)
-
-
-def leaves(inputs: tuple[Any, ...], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """Fresh leaves of the same values and strides; in `dtype` where given."""
-
-    def leaf(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return t
-        return t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad)
-
-    return tuple(leaf(t) for t in inputs)
-
-
-def run(op: Callable[..., Tensor], inputs: tuple[Any, ...], dout: Tensor) -> dict[str, Tensor]:
-    out = op(*inputs)
-    out.backward(dout.to(out.dtype))
-    grads = {f"grad {i}": t.grad for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad}
-    return {"out": out.detach(), **grads}
-
-
-def operands(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype], device: str) -> dict[str, Any]:
-    (M, K, N, r), (wide, narrow) = shape, dtypes
-    make = lambda *size, dtype, factor=1.0: (torch.randn(*size, device=device) * factor).to(dtype)  # noqa: E731
-    return {
-        "x": make(M, K, dtype=wide).requires_grad_(),
-        "W": make(N, K, dtype=wide, factor=K**-0.5),
-        "bias": make(N, dtype=wide).requires_grad_(),
-        "A": make(r, K, dtype=narrow, factor=K**-0.5).requires_grad_(),
-        "B": make(N, r, dtype=narrow).requires_grad_(),
-        "out": make(M, N, dtype=wide).requires_grad_(),
-        "dout": make(M, N, dtype=wide),
-    }
+from fastpeft_kernels import backend, dropout, lora, lora_add, lora_linear, low_rank, reference
 
 
 def linear_inputs(t: dict[str, Any]) -> tuple[Any, ...]:
@@ -186,7 +131,7 @@ def test_dropout_uses_one_mask_in_forward_and_backward(name, path, dtypes, devic
     eager, exact = run(masked, leaves(inputs), dout), run(masked, leaves(inputs, torch.float64), dout)
     for key in eager:
         allowed = eager[key].double() + 2e-5 * exact[key].abs().max()  # 1 - p is rounded to a multiple of 2^-16
-        assert_as_close_as_torch(key, ours[key], allowed, exact[key])
+        assert_as_close_as_torch(key, ours[key], allowed, exact[key], eager[key].dtype)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
@@ -197,9 +142,9 @@ def test_sums_over_many_rows_do_not_lose_the_last_ones(narrow, device):
     mask = reference.draw_mask(M, K, 0.1, torch.device(device))
     dropped = reference.apply_mask(x, mask)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "SUMMED_ROWS", 64)  # the smallest tiles, as for wide layers
+        patch.setattr(low_rank, "TILE", 64 * K)  # the smallest tiles, as for wide layers
         dA = reference.outer(x, S, mask)
-        _, dB = reference._output_pass(x.float(), S.new_zeros(K, r), S, 1.0)
+        _, dB = reference.output_pass(x.float(), S.new_zeros(K, r), S, 1.0)
     exact = S.double().t() @ dropped.double()
     assert_as_close_as_torch("dA", dA, S.t() @ dropped, exact)
     assert_as_close_as_torch("dB", dB.t(), S.t() @ x, S.double().t() @ x.double())

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from fastpeft_kernels import lora_add, lora_linear
+from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
+from fastpeft_kernels import LoraOperands, lora_add, lora_group, lora_linear
 
 _LINEAR_FORWARD = nn.Linear.forward
 
@@ -144,6 +145,42 @@ def _dropout_p(layer: Any, adapter: str) -> float:
 def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | None:
     """Base product and adapters in one op: (..., N) in x's dtype. None where that op is not the right one.
 
+    Layers that their parent calls on this x next are computed along with the first of them, and pick up what is theirs.
+    """
+    group = layer.input_group
+    if group is None or not group.is_on() or (name := group.name_of(layer)) is None:
+        operands = _operands(layer, adapters, x)
+        return None if operands is None else lora_linear(x, *operands)
+    out = group.take(name, x)
+    if out is not None:
+        return out
+    operands = _operands(layer, adapters, x)
+    if operands is None:
+        return None
+    members = {name: operands} | _sharing(group, name, operands, x)
+    if len(members) == 1:
+        return lora_linear(x, *operands)
+    return group.keep(name, x, dict(zip(members, lora_group(x, list(members.values())), strict=True)))
+
+
+def _sharing(group: InputGroup, name: str, operands: LoraOperands, x: Tensor) -> dict[str, LoraOperands]:
+    """The siblings that one op can compute along with the layer `name`."""
+    found = {}
+    for other, sibling in group.siblings(name, x):
+        theirs = _operands(sibling, sibling.adapters_to_apply(), x)
+        if theirs is not None and _fits(theirs, operands):
+            found[other] = theirs
+    return found
+
+
+def _fits(theirs: LoraOperands, operands: LoraOperands) -> bool:
+    same_input = theirs.W.shape[1] == operands.W.shape[1] and theirs.W.device == operands.W.device
+    return same_input and theirs.lora_A.dtype == operands.lora_A.dtype
+
+
+def _operands(layer: Any, adapters: Sequence[str], x: Tensor) -> LoraOperands | None:
+    """What the op that owns the base product takes, or None where it is not the right one.
+
     Several adapters without dropout are one of the sum of their ranks.
     """
     if not adapters or not _ordinary(x):
@@ -154,10 +191,12 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
     pairs = [_weights(layer, name) for name in adapters]
     if len(adapters) == 1:
         name, (A, B) = adapters[0], pairs[0]
-        return lora_linear(x, base["weight"], base["bias"], A, B, layer.scaling[name], _dropout_p(layer, name))
-    A = torch.cat([A for A, _ in pairs])
-    B = torch.cat([B * layer.scaling[name] for name, (_, B) in zip(adapters, pairs, strict=True)], dim=1)
-    return lora_linear(x, base["weight"], base["bias"], A, B, 1.0)
+        scaling, p = layer.scaling[name], _dropout_p(layer, name)
+    else:
+        A = torch.cat([A for A, _ in pairs])
+        B = torch.cat([B * layer.scaling[name] for name, (_, B) in zip(adapters, pairs, strict=True)], dim=1)
+        scaling, p = 1.0, 0.0
+    return LoraOperands(base["weight"], base["bias"], A, B, scaling, p)
 
 
 def _weights(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
@@ -181,3 +220,14 @@ def path_of(layer: Any, adapters: Sequence[str]) -> tuple[str, str]:
     if (reason := obstacle_to_fusing(layer, adapters, layer.get_base_layer().weight.dtype, autocast=False)) is not None:
         return "added", reason
     return "fused", ""
+
+
+def sharing_siblings(layer: Any) -> tuple[str, ...]:
+    """The siblings that are computed along with this layer when their parent calls them: for `fastpeft.explain`."""
+    group: InputGroup | None = layer.input_group
+    if group is None or not sharing_is_on() or (name := group.name_of(layer)) is None:
+        return ()
+    weight = layer.get_base_layer().weight
+    x = weight.new_empty((1, weight.shape[1]))
+    operands = _operands(layer, layer.adapters_to_apply(), x)
+    return () if operands is None else tuple(_sharing(group, name, operands, x))

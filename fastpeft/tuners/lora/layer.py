@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastpeft.tuners.bases import Base, base_for
 from fastpeft.tuners.lora.fused import fused_forward
 from fastpeft.tuners.lora.variants import LoraVariant, variant_for
+from fastpeft.tuners.shared_inputs import InputGroup
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
 from fastpeft.utils.auxiliary import BASE, check_batch_size, rows_by_adapter
 from fastpeft.utils.warning import PeftWarning
@@ -21,7 +22,8 @@ class LoraLayer(nn.Module, BaseTunerLayer):
     """y = base(x) + scaling · drop(x) Aᵀ Bᵀ, base frozen. arXiv:2106.09685 section 4.1.
 
     What depends on the kind of base layer is in `base` (fastpeft.tuners.bases), what depends on the method in
-    `variants`. Nothing on the layer changes during a forward.
+    `variants`. Nothing on the layer changes during a forward. What layers share that are called on one tensor is in
+    their `input_group`, while their parent's forward runs.
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -54,6 +56,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}  # with which the merged adapters were merged
         self.cast_input_dtype_enabled = True
+        self.input_group: InputGroup | None = None
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -230,7 +233,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self._check_forward_args(x, adapter_names=adapter_names)
         if self._disable_adapters and self.merged:
             self.unmerge()
-        adapters = [] if self._disable_adapters or self.merged else self._active_here()
+        adapters = self.adapters_to_apply()
         if adapters and adapter_names is None and not args and not kwargs:
             out = fused_forward(self, adapters, x)
             if out is not None:
@@ -239,6 +242,10 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None and not self._disable_adapters:
             return self._add_by_row(out, x, adapter_names)
         return self._add(out, x, adapters)
+
+    def adapters_to_apply(self) -> list[str]:
+        """The adapters that a forward without `adapter_names` adds, in order."""
+        return [] if self._disable_adapters or self.merged else self._active_here()
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.r]

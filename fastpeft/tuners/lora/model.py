@@ -11,6 +11,7 @@ from torch import nn
 from fastpeft.tuners.bases import EmbeddingBase, base_for
 from fastpeft.tuners.lora.config import LoraConfig
 from fastpeft.tuners.lora.layer import Embedding, Linear, LoraLayer, check_adapter
+from fastpeft.tuners.shared_inputs import regroup
 from fastpeft.tuners.targets import resolve_pattern
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.tuners.tuners_utils import BaseTuner
@@ -38,6 +39,10 @@ class LoraModel(BaseTuner):
         r = resolve_pattern(peft_config.rank_pattern, current_key, peft_config.r)
         base = base_for(module, current_key)
         check_adapter(base, module, r, peft_config, current_key)
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        regroup(model, LoraLayer)
 
     def _create_and_replace(
         self,

@@ -1,0 +1,293 @@
+"""Which adapted layers are called on one tensor, one after the other: q, k and v, or gate and up.
+
+Found in the source of the module that calls them, once, when adapters are put on a model, whatever its class is: calls
+`self.a(x)` and `self.b(x)` with the same variable in one run of statements, where the first is not called without the
+second. What the source says is a hint: an `InputGroup` acts on it only while its parent's forward runs and both layers
+are really handed the same tensor, so that a wrong hint costs time and nothing else.
+"""
+
+import ast
+import copy
+import functools
+import inspect
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_enabled = os.environ.get("FASTPEFT_SHARE_INPUTS", "1") != "0"
+
+
+@contextmanager
+def share_inputs(enabled: bool) -> Iterator[None]:
+    """Let layers that are called on one tensor be computed together, or not, in this block of code and every thread.
+
+    On by default; FASTPEFT_SHARE_INPUTS=0 in the environment switches it off for a process. The results are the same up
+    to rounding, and dropout draws the same masks in another order.
+    """
+    global _enabled
+    before, _enabled = _enabled, enabled
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def sharing_is_on() -> bool:
+    """Whether layers may be computed together: what `share_inputs` and the environment say."""
+    return _enabled
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Outputs that one op computed for several layers, each kept until its layer is called."""
+
+    x: Tensor
+    version: int | None
+    mode: tuple[Any, ...]
+    outs: dict[str, Tensor]
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was changed in place; None where nobody counts, or where the compiler cannot read it."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.is_grad_enabled(), autocast
+
+
+def _without_checks(function: Callable[..., None], *args: Any) -> None:
+    """Call a function that changes objects from outside an activation checkpoint, while the compiler traces one.
+
+    The compiler refuses, because the recomputation does not repeat such changes. Those of a group are undone within the
+    checkpoint, at the end of the parent's forward. Dynamo knows this function by identity; it only calls its argument.
+    """
+    torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
+
+
+class InputGroup:
+    """Layers of one parent that its forward calls on one tensor.
+
+    What the first of them that is called computes for the others is kept until they are called, and at most until the
+    parent's forward ends.
+
+    Attributes:
+        parent: the module that calls them.
+        names: their names in it.
+    """
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+        self.parent, self.names = parent, names
+        self._is_open = False
+        self._together: _Together | None = None
+        self._handles: tuple[Any, ...] = (
+            parent.register_forward_pre_hook(self._open),
+            parent.register_forward_hook(self._close, always_call=True),
+        )
+        for name in names:
+            parent._modules[name].input_group = self  # type: ignore[union-attr,assignment]
+
+    def is_on(self) -> bool:
+        """Whether the parent's forward is running, and `share_inputs` is not switched off."""
+        return self._is_open and _enabled
+
+    def name_of(self, layer: nn.Module) -> str | None:
+        """The layer's name in the parent; None for one that has left its place there, and for a copy."""
+        for name in self.names:
+            if self.parent._modules.get(name) is layer:
+                return name
+        return None
+
+    def siblings(self, name: str, x: Tensor) -> list[tuple[str, Any]]:
+        """The other layers that are called on x next; none of those that somebody else has a hand on."""
+        together = self._together
+        if together is not None and together.x is x and together.outs:
+            return []  # they were computed, and this one is called a second time
+        found = []
+        for other in self.names:
+            layer: Any = self.parent._modules.get(other)
+            if other == name or getattr(layer, "input_group", None) is not self:
+                continue
+            if not layer._forward_pre_hooks and "forward" not in layer.__dict__:
+                found.append((other, layer))
+        return found
+
+    def keep(self, name: str, x: Tensor, outs: dict[str, Tensor]) -> Tensor:
+        """Keep what was computed on x for the others; returns the output of the layer `name`."""
+        out = outs.pop(name)
+        self._remember(True, _Together(x, _version(x), _mode(x), outs))
+        return out
+
+    def take(self, name: str, x: Tensor) -> Tensor | None:
+        """What was computed for the layer `name`, once, if it is called on the same x under the same circumstances."""
+        together = self._together
+        if together is None or x is not together.x or _mode(x) != together.mode or _version(x) != together.version:
+            return None
+        return together.outs.pop(name, None)
+
+    def dissolve(self) -> None:
+        """Take the hooks off the parent; its layers are each for themselves again."""
+        for handle in self._handles:
+            handle.remove()
+        for name in self.names:
+            layer: Any = self.parent._modules.get(name)
+            if getattr(layer, "input_group", None) is self:
+                layer.input_group = None
+
+    def _open(self, parent: nn.Module, args: Any) -> None:
+        self._remember(parent is self.parent, None)
+
+    def _close(self, parent: nn.Module, args: Any, output: Any) -> None:
+        self._remember(False, None)
+
+    def _remember(self, is_open: bool, together: _Together | None) -> None:
+        if torch.compiler.is_compiling():
+            _without_checks(self._set, is_open, together)
+        else:
+            self._set(is_open, together)
+
+    def _set(self, is_open: bool, together: _Together | None) -> None:
+        self._is_open, self._together = is_open, together
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InputGroup | None":
+        """The copied parent's own group; None where a layer is copied without its parent."""
+        parent = memo.get(id(self.parent))
+        if parent is None:
+            return None
+        group = memo[id(self)] = InputGroup.__new__(InputGroup)
+        group.parent, group.names, group._is_open, group._together = parent, self.names, False, None
+        group._handles = copy.deepcopy(self._handles, memo)
+        return group
+
+
+def regroup(model: nn.Module, layer_cls: type[nn.Module]) -> None:
+    """Find the groups of all layers of a class anew: after layers came or went."""
+    dissolve_groups(model)
+    for parent in list(model.modules()):
+        kind: Any = type(parent)
+        adapted = {name for name, child in parent._modules.items() if isinstance(child, layer_cls)}
+        if len(adapted) < 2:
+            continue
+        for names in calls_on_one_variable(kind):
+            present = tuple(name for name in names if name in adapted)
+            adapted.difference_update(present)  # a layer is in one group only
+            if len(present) > 1:
+                InputGroup(parent, present)
+
+
+def dissolve_groups(model: nn.Module) -> None:
+    """Take all groups of a model apart."""
+    for module in model.modules():
+        group: Any = getattr(module, "input_group", None)
+        if isinstance(group, InputGroup):
+            group.dissolve()
+
+
+# Reading the source.
+
+
+@functools.cache
+def calls_on_one_variable(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """Names of submodules that a module's methods call on one variable, one after the other: a tuple a group.
+
+    Empty for a class whose source cannot be read.
+    """
+    groups: list[tuple[str, ...]] = []
+    seen: set[str] = set()
+    for klass in cls.__mro__:
+        if klass.__module__.startswith("torch.nn.") or klass is object:
+            continue
+        for name, function in vars(klass).items():
+            if name not in seen and inspect.isroutine(function):
+                seen.add(name)
+                groups += _groups_of_function(function)
+    return tuple(dict.fromkeys(groups))
+
+
+def _groups_of_function(function: Any) -> list[tuple[str, ...]]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return []  # no source: typed into an interpreter, compiled, generated
+    definition = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
+        return []
+    return list(_groups_of_block(definition.body, definition.args.args[0].arg))
+
+
+_COMPOUND = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_LEAVING = (ast.Return, ast.Raise, ast.Break, ast.Continue)
+
+
+def _groups_of_block(block: list[ast.stmt], this: str) -> Iterator[tuple[str, ...]]:
+    """The groups of a run of statements: each statement that begins is followed by the next, or by an exception."""
+    running: dict[str, list[str]] = {}  # variable -> submodules called on it since it last changed
+
+    def close(variables: Iterable[str]) -> Iterator[tuple[str, ...]]:
+        for variable in list(variables):
+            names = tuple(dict.fromkeys(running.pop(variable, ())))
+            if len(names) > 1:
+                yield names
+
+    for statement in block:
+        if isinstance(statement, _COMPOUND):
+            for inner in _inner_blocks(statement):
+                yield from _groups_of_block(inner, this)
+            leaves = any(isinstance(node, _LEAVING) for node in ast.walk(statement))
+            yield from close(list(running) if leaves else _changed(statement))
+        elif not isinstance(statement, _DEFINITIONS):
+            for variable, submodule in _calls(statement, this):
+                running.setdefault(variable, []).append(submodule)
+            yield from close(_changed(statement))
+    yield from close(running)
+
+
+def _inner_blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
+    for field in ("body", "orelse", "finalbody"):
+        if block := getattr(statement, field, None):
+            yield block
+    for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
+        yield part.body
+
+
+def _calls(node: ast.AST, this: str) -> Iterator[tuple[str, str]]:
+    """(variable, submodule) for each call `self.submodule(variable)` that is sure to be made when `node` is run."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+        one_variable = len(node.args) == 1 and isinstance(node.args[0], ast.Name) and not node.keywords
+        if one_variable and node.func.value.id == this:
+            yield node.args[0].id, node.func.attr  # type: ignore[attr-defined]
+    for child in _surely_run(node):
+        yield from _calls(child, this)
+
+
+def _surely_run(node: ast.AST) -> Iterable[ast.AST]:
+    if isinstance(node, ast.IfExp):
+        return [node.test]
+    if isinstance(node, ast.BoolOp):
+        return node.values[:1]
+    if isinstance(node, _COMPREHENSIONS + _DEFINITIONS):
+        return []
+    return ast.iter_child_nodes(node)
+
+
+def _changed(node: ast.AST) -> set[str]:
+    """The variables that running `node` binds anew or changes in place: x = ..., x[0] = ..., x.add_(...)."""
+    changed = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store | ast.Del):
+            changed.add(part.id)
+        elif isinstance(part, ast.Subscript | ast.Attribute) and isinstance(part.value, ast.Name):
+            in_place = isinstance(part, ast.Attribute) and part.attr.endswith("_")
+            if in_place or isinstance(part.ctx, ast.Store | ast.Del):
+                changed.add(part.value.id)
+    return changed

@@ -1,0 +1,200 @@
+"""The products of a wide matrix and a rank-r one, in plain torch: what the reference ops are made of.
+
+Written for caches. x and dout go through in tiles that stay in the second-level cache, or little more, and are widened
+to the adapters' dtype there; each output is rounded once where it is written; nothing with M rows is ever held in fp32
+beside S.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastpeft_kernels.masks import MASK_BITS, apply_mask
+
+TILE = 1 << 19  # elements: 2 MB once widened to fp32
+TILE_COLUMNS = 1536
+ONEDNN_ROWS = 256  # oneDNN's sums over more rows are noisier than torch.mm's
+
+FEW_ROWS = 16  # decoding: bound by the number of torch's operators, not by what they move
+
+
+def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """S = scale · drop(x) Aᵀ: x (M, K), A (r, K) of any strides -> (M, r) in A's dtype."""
+    if mask is None and (x.dtype == A.dtype or x.shape[0] <= FEW_ROWS):
+        return torch.mm(x.to(A.dtype), A.t()).mul_(scale)
+    rows, columns = shape = _tile_shape(x, most_rows=TILE)
+    S = torch.zeros((x.shape[0], A.shape[0]), dtype=_sum_dtype(A), device=x.device)
+    for A_block, tiles in zip(_split(A, columns, dim=1), _tiles(x, mask, A.dtype, shape), strict=True):
+        A_block = A_block.contiguous()
+        for S_rows, tile in zip(_split(S, rows), tiles, strict=True):
+            _accumulate_(S_rows, tile, A_block)
+    return S.mul_(scale).to(A.dtype)
+
+
+def outer(x: Tensor, S: Tensor, mask: Tensor | None) -> Tensor:
+    """Sᵀ drop(x): x (M, K), S (M, r) -> (r, K) in S's dtype."""
+    if mask is None and x.dtype == S.dtype and _onednn(S) is None:
+        return torch.mm(S.t(), x)
+    rows, columns = shape = _tile_shape(x, most_rows=_most_summed_rows(S))
+    total = torch.zeros((S.shape[1], x.shape[1]), dtype=_sum_dtype(S), device=x.device)
+    St = [part.t().contiguous() for part in _split(S, rows)]
+    for total_block, tiles in zip(_split(total, columns, dim=1), _tiles(x, mask, S.dtype, shape), strict=True):
+        for St_rows, tile in zip(St, tiles, strict=True):
+            _accumulate_(total_block, St_rows, tile.t())
+    return total.to(S.dtype)
+
+
+def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(scale · dout B, doutᵀ S), each tile of dout widened once for both: (M, r) and (N, r) in S's dtype."""
+    if dout.dtype == S.dtype:
+        return shrink(dout, B.t(), None, scale), outer(dout, S, None).t().contiguous()
+    rows, columns = shape = _tile_shape(dout, most_rows=_most_summed_rows(S))
+    dS = torch.zeros_like(S, dtype=_sum_dtype(S))
+    dB = torch.zeros((S.shape[1], dout.shape[1]), dtype=_sum_dtype(S), device=S.device)
+    St = [part.t().contiguous() for part in _split(S, rows)]
+    blocks = zip(_split(B, columns), _split(dB, columns, dim=1), _tiles(dout, None, S.dtype, shape), strict=True)
+    for B_block, dB_block, tiles in blocks:
+        Bt_block = B_block.t().contiguous()
+        for dS_rows, St_rows, tile in zip(_split(dS, rows), St, tiles, strict=True):
+            _accumulate_(dS_rows, tile, Bt_block)
+            _accumulate_(dB_block, St_rows, tile.t())
+    return dS.mul_(scale).to(S.dtype), dB.t().contiguous().to(S.dtype)
+
+
+def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
+    """out += drop(S Bᵀ) in place: out (M, N), S (M, r), B (N, r) of any strides, S and B of one dtype."""
+    if mask is None and S.dtype != out.dtype and out.shape[0] <= FEW_ROWS:
+        return out.add_(torch.mm(S, B.t()))
+    if S.dtype == torch.float32 and out.dtype == torch.bfloat16:
+        # One bf16 product, summed in fp32. B's rounding weighs as much as that of the output, at most: 1.41 x eager's
+        # error where nothing but the low-rank part is there, less wherever the base's own rounding comes in.
+        narrow = B.to(torch.bfloat16)
+        S, B = _bf16_halves(S), torch.cat([narrow, narrow], dim=1)
+    if S.dtype == out.dtype:
+        if mask is None:
+            return out.addmm_(S, B.t())
+        for rows in _row_chunks(*out.shape):
+            out[rows].add_(apply_mask(torch.mm(S[rows], B.t()), mask[rows]))
+        return out
+    for rows in _row_chunks(*out.shape):
+        delta = torch.mm(S[rows], B.t())
+        out[rows].add_(delta if mask is None else apply_mask(delta, mask[rows]))
+    return out
+
+
+def _bf16_halves(t: Tensor) -> Tensor:
+    """(M, r) fp32 as (M, 2r) bf16: t = high + low, 16 bits of it, side by side."""
+    high = t.to(torch.bfloat16)
+    return torch.cat([high, (t - high).to(torch.bfloat16)], dim=1)
+
+
+# Tiles.
+
+
+def _row_chunks(M: int, columns: int) -> Iterator[slice]:
+    rows = max(64, TILE // max(columns, 1) // 64 * 64)
+    return (slice(start, start + rows) for start in range(0, M, rows))
+
+
+def _split(t: Tensor, size: int, dim: int = 0) -> tuple[Tensor, ...]:
+    if t.shape[dim] <= size:
+        return (t,)  # the usual case, and torch's own split is slow Python
+    return t.split(size, dim)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _tile_shape(x: Tensor, most_rows: int) -> tuple[int, int]:
+    """(rows, columns) of the tiles of x: as few column blocks as go, of even width."""
+    K = x.shape[1]
+    width = -(-K // max(1, -(-K // TILE_COLUMNS)))
+    width = max(1, -(-width // MASK_BITS)) * MASK_BITS
+    return min(most_rows, max(64, TILE // width // 64 * 64)), width
+
+
+def _tiles(x: Tensor, mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Iterator[Iterator[Tensor]]:
+    """Block of columns by block, the tiles of drop(x) from the first row to the last: in `dtype`, contiguous.
+
+    A tile is valid until the next one is taken.
+    """
+    rows, columns = shape
+    if mask is None:
+        for block in _split(x, columns, dim=1):
+            yield (_widened(tile, dtype) for tile in _split(block, rows))
+        return
+    for block, bits in zip(_split(x, columns, dim=1), _split(mask, columns // MASK_BITS, dim=1), strict=True):
+        pairs = zip(_split(block, rows), _split(bits, rows), strict=True)
+        yield (_widened(apply_mask(tile, tile_bits), dtype) for tile, tile_bits in pairs)
+
+
+class _Scratch(threading.local):
+    """Where a thread widens its tiles: fresh memory would be zeroed by the system every time, page by page."""
+
+    memory: Tensor | None = None
+
+
+_scratch = _Scratch()
+
+
+def _widened(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    if tile.dtype == dtype and tile.is_contiguous():
+        return tile
+    if type(tile) is not Tensor or tile.device.type != "cpu":  # a fake tensor must not outlive its mode
+        return tile.to(dtype).contiguous()
+    size = tile.numel() * dtype.itemsize
+    if _scratch.memory is None or _scratch.memory.numel() < size:
+        with torch.inference_mode(False):
+            _scratch.memory = torch.empty(max(size, 4 * TILE), dtype=torch.uint8)
+    return _scratch.memory[:size].view(dtype).view(tile.shape).copy_(tile)
+
+
+# Which library multiplies.
+
+
+def _sum_dtype(t: Tensor) -> torch.dtype:
+    """What a sum over tiles is kept in: each addition to a 16-bit sum would round, until no tile moves it at all."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a bᵀ: a contiguous, b contiguous or the transpose of a contiguous tensor."""
+    onednn = _onednn(a)
+    if onednn is not None:
+        total.add_(onednn(a, b, None, "none", [], ""))
+    elif a.dtype == total.dtype:
+        total.addmm_(a, b.t())
+    else:
+        total.add_(torch.mm(a, b.t()))
+
+
+def _most_summed_rows(S: Tensor) -> int:
+    return TILE if _onednn(S) is None else ONEDNN_ROWS
+
+
+def _onednn(t: Tensor) -> Callable[..., Tensor] | None:
+    """oneDNN's fp32 product a bᵀ where it is faster than torch.mm; None elsewhere."""
+    return _onednn_linear() if t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() else None
+
+
+@functools.cache
+def _onednn_linear() -> Callable[..., Tensor] | None:
+    """torch.mm hands fp32 to MKL, which takes AVX2 on processors of other makers than its own. Zen 5, the first of them
+    with full-width AVX-512, loses half its speed that way (512 x 16 x 512, one core: 94 against 49 us); Zen 4 loses
+    nothing. torch's compiler takes the same way past MKL for linear layers.
+    """
+    if not torch._C._has_mkldnn or "AVX512" not in torch.backends.cpu.get_cpu_capability() or not _is_zen5_or_newer():
+        return None
+    packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return None if packet is None else packet.default  # which costs half a packet's call
+
+
+def _is_zen5_or_newer() -> bool:
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+    except OSError:
+        return False
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    family = facts.get("cpu family", "")
+    return facts.get("vendor_id") == "AuthenticAMD" and family.isdigit() and int(family) >= 26

@@ -1,0 +1,53 @@
+"""Dropout masks of one bit an element, in plain torch: bit j of word w is column 32 w + j, a 1 keeps."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+MASK_BITS = 32  # columns in one word of a mask
+KEEP_LEVELS = 1 << 16  # the probability to keep an element is a multiple of 1 / KEEP_LEVELS
+
+
+def keep_level(p: float) -> int:
+    """The probability to keep an element under dropout `p`, in units of 1 / KEEP_LEVELS; at least one unit."""
+    return max(1, round((1.0 - p) * KEEP_LEVELS))
+
+
+def mask_words(columns: int) -> int:
+    return -(-columns // MASK_BITS)
+
+
+def draw_mask(M: int, K: int, p: float, device: torch.device) -> Tensor:
+    """Independent Bernoulli bits from torch's generator: (M, ⌈K / 32⌉) int32, each bit 1 with probability 1 - p.
+
+    Bit-sliced: from the lowest binary digit of the level up, a 1 takes `acc | word`, a 0 `acc & word`, which makes 64
+    draws out of 16 random words. The stock `bernoulli_` takes six times as long on a CPU.
+    """
+    level, words = keep_level(p), M * mask_words(K)
+    acc = torch.full(((words + 1) // 2,), -1 if level == KEEP_LEVELS else 0, dtype=torch.int64, device=device)
+    digits = range((level & -level).bit_length() - 1, KEEP_LEVELS.bit_length() - 1)  # zeros at the end change nothing
+    for digit in digits:
+        word = torch.empty_like(acc).random_(-(1 << 63), None)
+        acc = acc.bitwise_or_(word) if level >> digit & 1 else acc.bitwise_and_(word)
+    return acc.view(torch.int32)[:words].view(M, mask_words(K))
+
+
+def _byte_lanes(itemsize: int, device: torch.device) -> Tensor:
+    """For each byte of a mask its eight bits as lanes of `itemsize` bytes, all ones or all zeros: (256, itemsize)."""
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1  # (256, 8)
+    return (-bits).to(_LANES[itemsize]).view(torch.int64)
+
+
+_kept_byte_lanes = functools.cache(_byte_lanes)
+_LANES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask keeps, 0 where it drops (also where x is not finite): (M, K) in x's dtype."""
+    M, K = x.shape
+    lanes_dtype = _LANES[x.element_size()]
+    table = _kept_byte_lanes if type(mask) is Tensor else _byte_lanes  # a fake tensor must not outlive its mode
+    indices = mask.contiguous().view(torch.uint8).reshape(-1).int()
+    lanes = table(x.element_size(), x.device).index_select(0, indices).view(lanes_dtype)
+    return (x.view(lanes_dtype) & lanes.view(M, mask.shape[1] * MASK_BITS)[:, :K]).view(x.dtype)
