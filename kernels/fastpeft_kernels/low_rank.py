@@ -6,7 +6,6 @@ beside S.
 """
 
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels.masks import MASK_BITS, apply_mask
+from fastpeft_kernels.scratch import scratch
 
 TILE = 1 << 19  # elements: 2 MB once widened to fp32
 TILE_COLUMNS = 1536
@@ -74,15 +74,12 @@ def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Te
         # error where nothing but the low-rank part is there, less wherever the base's own rounding comes in.
         narrow = B.to(torch.bfloat16)
         S, B = _bf16_halves(S), torch.cat([narrow, narrow], dim=1)
-    if S.dtype == out.dtype:
-        if mask is None:
-            return out.addmm_(S, B.t())
-        for rows in _row_chunks(*out.shape):
-            out[rows].add_(apply_mask(torch.mm(S[rows], B.t()), mask[rows]))
-        return out
+    if S.dtype == out.dtype and mask is None:
+        return out.addmm_(S, B.t())
     for rows in _row_chunks(*out.shape):
-        delta = torch.mm(S[rows], B.t())
-        out[rows].add_(delta if mask is None else apply_mask(delta, mask[rows]))
+        part = out[rows]
+        delta = torch.mm(S[rows], B.t(), out=scratch("tile", part.shape, S.dtype, part))
+        part.add_(delta if mask is None else apply_mask(delta, mask[rows], out=delta))
     return out
 
 
@@ -126,28 +123,17 @@ def _tiles(x: Tensor, mask: Tensor | None, dtype: torch.dtype, shape: tuple[int,
         return
     for block, bits in zip(_split(x, columns, dim=1), _split(mask, columns // MASK_BITS, dim=1), strict=True):
         pairs = zip(_split(block, rows), _split(bits, rows), strict=True)
-        yield (_widened(apply_mask(tile, tile_bits), dtype) for tile, tile_bits in pairs)
+        yield (_widened(_dropped(tile, tile_bits), dtype) for tile, tile_bits in pairs)
 
 
-class _Scratch(threading.local):
-    """Where a thread widens its tiles: fresh memory would be zeroed by the system every time, page by page."""
-
-    memory: Tensor | None = None
-
-
-_scratch = _Scratch()
+def _dropped(tile: Tensor, mask: Tensor) -> Tensor:
+    return apply_mask(tile, mask, out=scratch("dropped", tile.shape, tile.dtype, tile))
 
 
 def _widened(tile: Tensor, dtype: torch.dtype) -> Tensor:
     if tile.dtype == dtype and tile.is_contiguous():
         return tile
-    if type(tile) is not Tensor or tile.device.type != "cpu":  # a fake tensor must not outlive its mode
-        return tile.to(dtype).contiguous()
-    size = tile.numel() * dtype.itemsize
-    if _scratch.memory is None or _scratch.memory.numel() < size:
-        with torch.inference_mode(False):
-            _scratch.memory = torch.empty(max(size, 4 * TILE), dtype=torch.uint8)
-    return _scratch.memory[:size].view(dtype).view(tile.shape).copy_(tile)
+    return scratch("tile", tile.shape, dtype, tile).copy_(tile)
 
 
 # Which library multiplies.

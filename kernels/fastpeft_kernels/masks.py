@@ -5,6 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fastpeft_kernels.scratch import scratch
+
 MASK_BITS = 32  # columns in one word of a mask
 KEEP_LEVELS = 1 << 16  # the probability to keep an element is a multiple of 1 / KEEP_LEVELS
 
@@ -27,8 +29,9 @@ def draw_mask(M: int, K: int, p: float, device: torch.device) -> Tensor:
     level, words = keep_level(p), M * mask_words(K)
     acc = torch.full(((words + 1) // 2,), -1 if level == KEEP_LEVELS else 0, dtype=torch.int64, device=device)
     digits = range((level & -level).bit_length() - 1, KEEP_LEVELS.bit_length() - 1)  # zeros at the end change nothing
+    word = scratch("mask-words", acc.shape, acc.dtype, acc)
     for digit in digits:
-        word = torch.empty_like(acc).random_(-(1 << 63), None)
+        word.random_(-(1 << 63), None)
         acc = acc.bitwise_or_(word) if level >> digit & 1 else acc.bitwise_and_(word)
     return acc.view(torch.int32)[:words].view(M, mask_words(K))
 
@@ -43,11 +46,21 @@ _kept_byte_lanes = functools.cache(_byte_lanes)
 _LANES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask keeps, 0 where it drops (also where x is not finite): (M, K) in x's dtype."""
-    M, K = x.shape
-    lanes_dtype = _LANES[x.element_size()]
+def apply_mask(x: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """x where the mask keeps, 0 where it drops (also where x is not finite): (M, K) in x's dtype.
+
+    Args:
+        out: where to; contiguous, may be x itself.
+    """
+    (M, K), lanes_dtype = x.shape, _LANES[x.element_size()]
     table = _kept_byte_lanes if type(mask) is Tensor else _byte_lanes  # a fake tensor must not outlive its mode
-    indices = mask.contiguous().view(torch.uint8).reshape(-1).int()
-    lanes = table(x.element_size(), x.device).index_select(0, indices).view(lanes_dtype)
-    return (x.view(lanes_dtype) & lanes.view(M, mask.shape[1] * MASK_BITS)[:, :K]).view(x.dtype)
+    mask_bytes = mask.contiguous().view(torch.uint8).reshape(-1)
+    indices = scratch("mask-indices", mask_bytes.shape, torch.int32, x).copy_(mask_bytes)
+    byte_lanes = table(x.element_size(), x.device)  # (256, itemsize) int64
+    lanes = scratch("mask-lanes", (len(mask_bytes), byte_lanes.shape[1]), torch.int64, x)
+    torch.index_select(byte_lanes, 0, indices, out=lanes)
+    kept = lanes.view(lanes_dtype).view(M, mask.shape[1] * MASK_BITS)[:, :K]
+    if out is None:
+        return (x.view(lanes_dtype) & kept).view(x.dtype)
+    torch.bitwise_and(x.view(lanes_dtype), kept, out=out.view(lanes_dtype))
+    return out
