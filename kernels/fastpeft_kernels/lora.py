@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from fastpeft_kernels import reference
 from fastpeft_kernels.dispatch import use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
+from fastpeft_kernels.low_rank import FEW_ROWS
 
 
 def lora_linear(
@@ -45,6 +46,8 @@ def lora_linear(
     """
     x, W, bias, lora_A, lora_B = autocast_operands(x, W, bias, lora_A, lora_B)
     check_linear(x, W, bias, lora_A, lora_B)
+    if inferring_few(x, dropout_p):
+        return reference.lora_linear_of_few(x, W, bias, lora_A, lora_B, scaling)
     rows = x.reshape(-1, x.shape[-1])
     mask, scale = _mask_and_scale(rows, scaling, dropout_p)
     inputs = (rows, W, bias, lora_A, lora_B, mask, scale)
@@ -92,6 +95,13 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     else:
         result = _run_add(*inputs)[0]
     return result.view(out.shape)
+
+
+def inferring_few(x: Tensor, dropout_p: float) -> bool:
+    """Whether this is decoding on the torch path: bound by the number of torch's operators, not by what they move."""
+    if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
+        return False
+    return x.numel() <= FEW_ROWS * x.shape[-1] and not use_triton(x)
 
 
 def autocast_operands(x: Tensor, *others: Any) -> tuple[Any, ...]:

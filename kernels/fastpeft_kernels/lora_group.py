@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from fastpeft_kernels import reference
 from fastpeft_kernels.dispatch import use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
-from fastpeft_kernels.lora import autocast_operands, check_linear, no_autocast
+from fastpeft_kernels.lora import autocast_operands, check_linear, inferring_few, no_autocast
 
 
 class LoraOperands(NamedTuple):
@@ -57,6 +57,8 @@ def lora_group(x: Tensor, members: Sequence[LoraOperands]) -> tuple[Tensor, ...]
         check_linear(x, *member[:4])
     if len(dtypes := {member.lora_A.dtype for member in members}) > 1:
         raise ValueError(f"the adapters of a group must be of one dtype; got {', '.join(sorted(map(str, dtypes)))}")
+    if inferring_few(x, max(member.dropout_p for member in members)):
+        return tuple(reference.lora_linear_of_few(x, *member[:5]) for member in members)
     rows = x.reshape(-1, x.shape[-1])
     masks = _draw_masks(rows, [member.dropout_p for member in members])
     scales = [member.scaling * dropout_scale(member.dropout_p) for member in members]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft_kernels.masks import MASK_BITS, apply_mask
@@ -25,7 +26,7 @@ FEW_ROWS = 16  # decoding: bound by the number of torch's operators, not by what
 def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """S = scale · drop(x) Aᵀ: x (M, K), A (r, K) of any strides -> (M, r) in A's dtype."""
     if mask is None and (x.dtype == A.dtype or x.shape[0] <= FEW_ROWS):
-        return torch.mm(x.to(A.dtype), A.t()).mul_(scale)
+        return F.linear(x.to(A.dtype), A).mul_(scale)
     rows, columns = shape = _tile_shape(x, most_rows=TILE)
     S = torch.zeros((x.shape[0], A.shape[0]), dtype=_sum_dtype(A), device=x.device)
     for A_block, tiles in zip(_split(A, columns, dim=1), _tiles(x, mask, A.dtype, shape), strict=True):
@@ -68,7 +69,7 @@ def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tenso
 def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
     """out += drop(S Bᵀ) in place: out (M, N), S (M, r), B (N, r) of any strides, S and B of one dtype."""
     if mask is None and S.dtype != out.dtype and out.shape[0] <= FEW_ROWS:
-        return out.add_(torch.mm(S, B.t()))
+        return out.add_(F.linear(S, B))
     if S.dtype == torch.float32 and out.dtype == torch.bfloat16:
         # One bf16 product, summed in fp32. B's rounding weighs as much as that of the output, at most: 1.41 x eager's
         # error where nothing but the low-rank part is there, less wherever the base's own rounding comes in.

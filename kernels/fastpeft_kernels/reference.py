@@ -33,6 +33,7 @@ __all__ = [
     "lora_group_backward",
     "lora_linear",
     "lora_linear_backward",
+    "lora_linear_of_few",
     "mask_words",
     "outer",
     "output_pass",
@@ -55,6 +56,12 @@ def lora_linear(
     out = F.linear(x, W, bias)
     S = shrink(x, A, mask, scale)
     return expand_(out, S, B), S
+
+
+def lora_linear_of_few(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`lora_linear` without dropout, for inference on x of shape (..., K): with as few of torch's operators as go."""
+    S = F.linear(x if x.dtype == A.dtype else x.to(A.dtype), A)
+    return F.linear(x, W, bias).add_(F.linear(S, B), alpha=scale)
 
 
 def lora_linear_backward(

@@ -227,10 +227,11 @@ class LoraLayer(nn.Module, BaseTunerLayer):
             x: the base layer's input, (..., K), or integer ids for an embedding.
             adapter_names: with this keyword, row i of the batch takes the adapter of that name and no other.
         """
-        adapter_names = kwargs.pop("adapter_names", None)
-        if kwargs.pop("alora_offsets", None) is not None:
+        adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
+        if kwargs and kwargs.pop("alora_offsets", None) is not None:
             raise NotImplementedError("alora_offsets (activated LoRA) is not supported yet")
-        self._check_forward_args(x, adapter_names=adapter_names)
+        if adapter_names is not None:
+            self._check_forward_args(x, adapter_names=adapter_names)
         if self._disable_adapters and self.merged:
             self.unmerge()
         adapters = self.adapters_to_apply()
@@ -245,7 +246,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
 
     def adapters_to_apply(self) -> list[str]:
         """The adapters that a forward without `adapter_names` adds, in order."""
-        return [] if self._disable_adapters or self.merged else self._active_here()
+        return [] if self._disable_adapters or self.merged_adapters else self._active_here()
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.r]
