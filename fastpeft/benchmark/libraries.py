@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 OURS, REFERENCE = "fastpeft", "peft"
+FROZEN = "frozen"  # the floor: the same layer or model without an adapter, its input wanting a gradient
+
+
+def is_ours(contender: str) -> bool:
+    """Whether a contender is fastpeft, alone or in some mode: "fastpeft-compiled", "fastpeft+liger"."""
+    return contender.startswith(OURS)
 
 
 def available() -> dict[str, ModuleType]:
