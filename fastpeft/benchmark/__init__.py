@@ -98,7 +98,7 @@ def predict(suites: Sequence[str], ceilings: roofline.Ceilings, *, quick: bool =
         ValueError: a suite that is not there.
     """
     results = [predicted(case, ceilings) for case in _cases(suites, quick, "cuda")]
-    described = {**environment.describe(), **_described("cuda", ceilings)}
+    described = {**environment.describe(), **_described("cuda", ceilings), "predicted": ceilings.device}
     return Report(described, [result for result in results if result.roofline])
 
 

@@ -15,7 +15,7 @@ from fastpeft.benchmark.report import BYTES, machine
 
 INSTALL = "pictures need matplotlib: pip install 'fastpeft[bench]'"
 PALETTE = ("#2f7d4f", "#2a6fb0", "#c0562f", "#8a5aa8", "#b08a1e", "#4aa3a3")
-FIXED = {OURS: "#2f7d4f", REFERENCE: "#9aa0a6", FROZEN: "#3b4045"}
+FIXED = {OURS: "#2f7d4f", f"{OURS} against {REFERENCE}": "#2f7d4f", REFERENCE: "#9aa0a6", FROZEN: "#3b4045"}
 ROW = 0.24  # inches of one bar
 
 
@@ -79,7 +79,7 @@ def _bars(rows: list[tuple[str, dict[str, tuple[float, float, float]]]], *, labe
     names = list(dict.fromkeys(name for _, bars in rows for name in bars))
     colours = colours_of(names)
     count = sum(len(bars) for _, bars in rows)
-    height = 2.2 + ROW * count + 0.12 * len(rows) + 0.18 * math.ceil(len(names) / 4)
+    height = 2.0 + ROW * count + 0.12 * len(rows) + 0.2 * math.ceil((len(names) + 1) / 3)
     figure = plt.figure(figsize=(10, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.1))
     axes = figure.add_subplot()
     place, ticks, longest = 0.0, [], max(q3 for _, bars in rows for _, _, q3 in bars.values())
@@ -89,13 +89,9 @@ def _bars(rows: list[tuple[str, dict[str, tuple[float, float, float]]]], *, labe
             axes.barh(place, median, 0.85, color=colours[name], label=name)
             axes.plot([q1, q3], [place, place], color="#222", linewidth=1.1)
             axes.annotate(
-                text.format(median),
-                (max(median, q3), place),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7.5,
-            )
+                text.format(median), (max(median, q3), place), (5, 0), textcoords="offset points", va="center",
+                fontsize=7.5, bbox={"boxstyle": "square,pad=0.05", "color": "white", "alpha": 0.85},
+            )  # fmt: skip
             place += 1
         ticks.append(((start + place - 1) / 2, case))
         place += 0.5
@@ -105,14 +101,11 @@ def _bars(rows: list[tuple[str, dict[str, tuple[float, float, float]]]], *, labe
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each name once
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside upper center",
-        ncols=min(4, len(handles)),
-        frameon=False,
+    columns = min(3, len(handles))
+    axes.legend(
+        handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=columns, frameon=False,
         fontsize=8,
-    )
+    )  # fmt: skip
     return figure
 
 
@@ -124,7 +117,7 @@ def colours_of(names: list[str]) -> dict[str, str]:
 
 def _ratios(record: dict[str, Any]) -> tuple[str, Any] | None:
     rows = []
-    for result in _measured(record):
+    for result in _listed(record):
         bars = {
             f"{name} against {baseline}": _triple(ratio)
             for baseline, ratios in result["speedup"].items() if not is_ours(baseline)
@@ -142,7 +135,7 @@ def _ratios(record: dict[str, Any]) -> tuple[str, Any] | None:
 def _floor(record: dict[str, Any]) -> tuple[str, Any] | None:
     rows = [
         (_case(result), {name: _triple(ratio) for name, ratio in result["floor"].items()})
-        for result in _measured(record) if result["floor"]
+        for result in _listed(record) if result["floor"]
     ]  # fmt: skip
     if not rows:
         return None
@@ -162,7 +155,7 @@ def _memory(record: dict[str, Any]) -> tuple[str, Any] | None:
                 rows.append((f"{_case(result)}\n{key} bytes, peft: {theirs / 2**20:.3g} MiB", bars))
     if not rows:
         return None
-    figure = _bars(rows, label="bytes over reference PEFT's (saved: kept for backward; peak: of a training step)",
+    figure = _bars(rows, label="bytes over reference PEFT's (saved: kept besides inputs; peak: of a step)",
                    one="reference PEFT", text="{:.2f} x")  # fmt: skip
     return "Memory beside reference PEFT's, lower is better", figure
 
@@ -180,6 +173,7 @@ def _scaling(record: dict[str, Any]) -> tuple[str, Any] | None:
     if not axes_names:
         return None
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     meaning = {"M": "M: rows (tokens)", "r": "r: rank", "N": "N: out_features"}
     figure, grid = plt.subplots(
@@ -197,6 +191,9 @@ def _scaling(record: dict[str, Any]) -> tuple[str, Any] | None:
         rest = ", ".join(f"{key} = {held[key]}" for key in ("M", "K", "N", "r", "dtype", "dropout") if key != axis)
         times.set_title(rest, fontsize=8.5)
         times.set(xscale="log", yscale="log", ylabel="ms a step (forward + backward)" if column == 0 else "")
+        times.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        times.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        times.minorticks_off()
         floors.set(xscale="log", xlabel=meaning[axis], ylabel="times the frozen base" if column == 0 else "")
         values = [p["params"][axis] for p in chosen]
         floors.set_xticks(values, [str(value) for value in values], rotation=45, fontsize=8)
@@ -221,6 +218,11 @@ def _line(axes: Any, points: list[dict[str, Any]], axis: str, name: str, colour:
 
 def _measured(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [result for result in record["results"] if not result["error"] and result["contenders"]]
+
+
+def _listed(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the lists of bars show: "scaling" has a picture of its own."""
+    return [result for result in _measured(record) if result["suite"] != "scaling"]
 
 
 def _case(result: dict[str, Any]) -> str:

@@ -36,6 +36,11 @@ class Report:
 
     def to_markdown(self) -> str:
         lines = [machine(self.environment), ""]
+        if self.environment.get("predicted"):
+            lines += [
+                f"Nothing was measured: these are the least possible times on {self.environment['predicted']}.",
+                "",
+            ]
         if self.environment.get("ceilings"):
             lines += [_ceilings(self.environment["ceilings"]), ""]
         for suite in dict.fromkeys(result.suite for result in self.results):
@@ -92,7 +97,8 @@ def _rows(result: Result) -> list[dict[str, str]]:
     if result.error:
         rows.append({"case": result.case, "contender": result.error})
     elif not result.contenders:
-        rows.append({"case": result.case, "contender": "not measured", "time (quartiles)": "", **_limit(result, OURS)})
+        for name in (FROZEN, OURS):
+            rows.append({"case": result.case, "contender": name, "time (quartiles)": "", **_limit(result, name)})
     for name, contender in result.contenders.items():
         row = {"case": result.case, "contender": f"**{name}**" if name == OURS else name}
         if "seconds" in contender:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastpeft.benchmark.environment import cpu
+
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -113,7 +115,7 @@ def known(name: str) -> Ceilings | None:
 def ceilings_of(device: str) -> Ceilings:
     """The ceilings of "cpu" or "cuda": known ones, or measured now, in well under a second on most machines."""
     if torch.device(device).type != "cuda":
-        return _measured(device, "this CPU", copied=2**26, size=768, dtypes=("fp32", "bf16"))
+        return _measured(device, cpu()["model"], copied=2**26, size=768, dtypes=("fp32", "bf16"))
     name = torch.cuda.get_device_name(device)
     return known(name) or _measured(device, name, copied=2**30, size=8192, dtypes=("bf16", "fp16"))
 

@@ -1,6 +1,8 @@
-"""The picture of the limit: on the left FLOP/s under the device's roof, on the right each case's time over its limit."""
+"""The picture of the limit: on the left FLOP/s under the roof of the device, on the right time over the limit."""
 
 from typing import Any
+
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from fastpeft.benchmark.libraries import FROZEN
 from fastpeft.benchmark.plots import colours_of
@@ -25,8 +27,8 @@ def draw(record: dict[str, Any]) -> tuple[str, Any] | None:
     height = max(5.5, 2.2 + 0.2 * len(results))
     figure, (roof, bars) = plt.subplots(1, 2, figsize=(14, height), layout="constrained", width_ratios=(1, 1.15))
     _draw_roof(roof, ceilings, results, colours)
-    _draw_shares(bars, results, colours)
-    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=4, frameon=False, fontsize=8)
+    _draw_shares(bars, [result for result in results if result["suite"] != "scaling"] or results, colours)
+    bars.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=5, frameon=False, fontsize=8)
     return "Measured against the limit of the device", figure
 
 
@@ -42,7 +44,7 @@ def _draw_roof(axes: Any, ceilings: dict[str, Any], results: list[dict[str, Any]
     low, high = min(intensity + ridges) / 3, max(intensity + ridges) * 3
     steps = [low * (high / low) ** (step / 200) for step in range(201)]
     for style, (dtype, rate) in zip(ROOFS, ceilings["flops_per_s"].items(), strict=False):
-        roof = [min(rate, step * ceilings["bytes_per_s"]) for step in steps]
+        roof = [min(rate, step * ceilings["bytes_per_s"]) / 1e9 for step in steps]
         label = f"{ceilings['bytes_per_s'] / 1e9:.3g} GB/s, {rate / 1e12:.3g} TFLOP/s {dtype}"
         axes.plot(steps, roof, style, color="#333", linewidth=1.4, label=label)
     for name, colour in colours.items():
@@ -51,15 +53,19 @@ def _draw_roof(axes: Any, ceilings: dict[str, Any], results: list[dict[str, Any]
         found = [
             (at, r) for at, r in zip(intensity, results, strict=True) if "seconds" in r["contenders"].get(name, {})
         ]
-        reached = [r["roofline"]["flops"] / r["contenders"][name]["seconds"]["median"] for _, r in found]
+        reached = [r["roofline"]["flops"] / r["contenders"][name]["seconds"]["median"] / 1e9 for _, r in found]
         axes.plot([at for at, _ in found], reached, "o", color=colour, markersize=4.5, alpha=0.8, label=name)
     axes.set(
-        xscale="log", yscale="log", xlabel="FLOP a byte (least traffic)", ylabel="FLOP/s", xlim=(low, high),
+        xscale="log", yscale="log", xlabel="FLOP a byte (least traffic)", ylabel="GFLOP/s", xlim=(low, high),
         title=f"{ceilings['device']}: {ceilings['source']}",
     )  # fmt: skip
+    for each in (axes.xaxis, axes.yaxis):
+        each.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        each.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.minorticks_off()
     axes.title.set_fontsize(8.5)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -84,11 +90,9 @@ def _draw_shares(axes: Any, results: list[dict[str, Any]], colours: dict[str, st
     )
     axes.set(
         ylim=(len(results) - 0.4, -0.6), xlim=(0.8, longest * 1.15), xscale="log",
-        xlabel="measured time / predicted least time (points: median, lines: quartiles)",
-        title="Each case over its own limit, lower is better",
+        xlabel="measured / least possible time (median, quartiles), lower is better",
     )  # fmt: skip
-    axes.title.set_fontsize(8.5)
-    ticks = [tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 50, 100) if tick <= longest * 1.15]
+    ticks = [tick for tick in (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if tick <= longest * 1.15]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.spines[["top", "right", "left"]].set_visible(False)
