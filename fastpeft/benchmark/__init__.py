@@ -36,10 +36,10 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
 DEFAULT_SUITES = (
     "layer", "groups", "host", "saved", "model", "saved-model", "peak", "first-step", "scaling", "compiled-model",
 )  # fmt: skip
-# The tables with targets first; the long and the ones that touch other libraries last.
+# The tables with targets first; the ones that take long, or that touch other libraries, last.
 GPU_SUITES = (
-    "llama-layer", "llama-saved", "fused-linear", "groups", "host", "model", "layer", "saved", "peak", "scaling",
-    "first-step", "compiled-model", "peers",
+    "llama-layer", "llama-saved", "fused-linear", "groups", "host", "model", "peak", "layer", "scaling", "first-step",
+    "compiled-model", "peers",
 )  # fmt: skip
 
 
@@ -116,6 +116,7 @@ def _described(device: str, ceilings: roofline.Ceilings | None) -> dict[str, Any
 __all__ = [
     "DEFAULT_SUITES",
     "GPU_SUITES",
+    "QUICK",
     "SUITES",
     "Effort",
     "Report",

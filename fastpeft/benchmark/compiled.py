@@ -67,5 +67,5 @@ def _one_line(x: torch.Tensor) -> torch.Tensor:
 
 def compiled_model_cases(quick: bool, device: str) -> Iterator[CompiledModelCase]:
     size = LlamaSize(layers=2) if quick else LlamaSize()
-    for dtype in ("bf16",) if quick else ("bf16", "fp32"):
+    for dtype in ("bf16",) if quick or torch.device(device).type == "cuda" else ("bf16", "fp32"):
         yield CompiledModelCase(dtype=dtype, dropout=0.0, size=size, device=device)

@@ -69,7 +69,7 @@ class ModelCase(Case):
     def frozen(self) -> nn.Module:
         """The base in training mode, without an adapter; its layers still pass a gradient down."""
         base: Any = self.base().requires_grad_(False).train()
-        base.enable_input_require_grads()
+        base.get_input_embeddings().register_forward_hook(lambda module, ids, out: out.requires_grad_())
         return cast(nn.Module, base)
 
     def model(self, library: ModuleType) -> nn.Module:

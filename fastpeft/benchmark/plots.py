@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +34,34 @@ def draw(record: dict[str, Any], folder: Path, stem: str = "bench") -> list[Path
         raise ImportError(INSTALL) from error
     mpl.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, Callable[[dict[str, Any]], tuple[str, Any] | None]] = {
+    files = []
+    for name, title, figure in figures(record):
+        files.append(folder / f"{stem}-{name}.png")
+        _save(title, figure, record, files[-1])
+    return files
+
+
+def figures(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(name, title, figure) of every picture that the record has figures for, titled and signed."""
+    makers: dict[str, Callable[[dict[str, Any]], tuple[str, Any] | None]] = {
         "ratios": _ratios, "floor": _floor, "memory": _memory, "roofline": _roofline, "scaling": _scaling,
     }  # fmt: skip
-    return [
-        file for name, picture in pictures.items()
-        if (file := _save(picture(record), record, folder / f"{stem}-{name}.png"))
-    ]  # fmt: skip
+    for name, make in makers.items():
+        if drawn := make(record):
+            title, figure = drawn
+            where = _lines(machine(record["environment"]), int(figure.get_figwidth() * 13))
+            figure.suptitle(title, fontsize=13, weight="bold")
+            figure.supxlabel(where, fontsize=7.5, color="#555", x=0.01, ha="left")
+            yield name, title, figure
 
 
-def _save(drawn: tuple[str, Any] | None, record: dict[str, Any], file: Path) -> Path | None:
-    """Title above, the machine below, and both in the file's own metadata."""
-    if drawn is None:
-        return None
+def _save(title: str, figure: Any, record: dict[str, Any], file: Path) -> None:
+    """Write the picture; title and machine are in the file's own metadata too."""
     from matplotlib import pyplot as plt
 
-    title, figure = drawn
-    where = machine(record["environment"])
-    figure.suptitle(title, fontsize=13, weight="bold")
-    figure.supxlabel(_lines(where, int(figure.get_figwidth() * 13)), fontsize=7.5, color="#555", x=0.01, ha="left")
-    figure.savefig(file, dpi=120, metadata={"Title": title, "Description": where, "Software": "fastpeft bench"})
+    about = {"Title": title, "Description": machine(record["environment"]), "Software": "fastpeft bench"}
+    figure.savefig(file, dpi=120, metadata=about)
     plt.close(figure)
-    return file
 
 
 def _lines(text: str, width: int) -> str:

@@ -38,7 +38,7 @@ class Report:
         lines = [machine(self.environment), ""]
         if self.environment.get("predicted"):
             lines += [
-                f"Nothing was measured: these are the least possible times on {self.environment['predicted']}.",
+                f"Nothing was measured: the least possible times on {self.environment['predicted']}.",
                 "",
             ]
         if self.environment.get("ceilings"):
@@ -98,9 +98,9 @@ def _rows(result: Result) -> list[dict[str, str]]:
         rows.append({"case": result.case, "contender": result.error})
     elif not result.contenders:
         for name in (FROZEN, OURS):
-            rows.append({"case": result.case, "contender": name, "time (quartiles)": "", **_limit(result, name)})
+            rows.append({"case": result.case, "contender": _bold(name), "time (quartiles)": "", **_limit(result, name)})
     for name, contender in result.contenders.items():
-        row = {"case": result.case, "contender": f"**{name}**" if name == OURS else name}
+        row = {"case": result.case, "contender": _bold(name)}
         if "seconds" in contender:
             row["time (quartiles)"] = _time(contender["seconds"])
         for baseline, ratios in result.speedup.items():
@@ -110,6 +110,10 @@ def _rows(result: Result) -> list[dict[str, str]]:
             row["times the floor (quartiles)"] = _spread(result.floor[name])
         rows.append({**row, **_limit(result, name), **_facts(result, name)})
     return rows
+
+
+def _bold(name: str) -> str:
+    return f"**{name}**" if name == OURS else name
 
 
 def _limit(result: Result, name: str) -> dict[str, str]:
