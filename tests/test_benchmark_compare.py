@@ -196,6 +196,14 @@ HOSTILE = {
     "quartiles turned around": (mutated(set_in(*FIRST, "floor", "peft", spread(1.0, -0.1))), "out of order"),
     "bytes that are a list": (mutated(set_in("results", -1, "contenders", "peft", "peak", [])), "expected an object"),
     "negative bytes": (mutated(set_in("results", -1, "contenders", "peft", "peak", "bytes", -1)), "non-negative"),
+    "no machine": (mutated(set_in("environment", "cpu", {})), "environment.cpu.model: expected a line"),
+    "flags that are text": (mutated(set_in("environment", "cpu", "flags", "avx")), "flags: expected a list"),
+    "no date": (mutated(set_in("environment", "date", None)), "environment.date: expected a line"),
+    "limits of nothing": (mutated(set_in("environment", "ceilings", "bytes_per_s", 0)), "positive finite number"),
+    "a size that is text": (mutated(set_in("results", 2, "params", "M", "64")), "params.M: expected a number"),
+    "an axis of its own": (mutated(set_in("results", 2, "params", "axis", "Q")), "axis: expected M, r or N"),
+    "cases without end": (mutated(set_in("results", [{}] * 5000)), "5000 cases, at most 1000 are read"),
+    "a fact that rings": (mutated(set_in("results", -1, "contenders", "peft", "peak", "\a", "1")), "peak. : expected"),
     "an error that is a list": (mutated(set_in(*FIRST, "error", ["x"])), "error: expected text"),
 }  # fmt: skip
 

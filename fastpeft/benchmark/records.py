@@ -9,6 +9,7 @@ from fastpeft.benchmark.report import SCHEMA
 
 READABLE = (1, SCHEMA)  # schema 1 lacks the floor and the roofline, and is read as one that has none
 LARGEST = 64 * 2**20  # bytes; a full run writes well under one
+MOST_CASES = 1000  # a full run on a GPU has some 300
 
 
 class ReportError(ValueError):
@@ -36,7 +37,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return _checked(record)
     except _WrongShape as error:
-        raise ReportError(f"{path}: {error}") from None
+        said = "".join(
+            char if char.isprintable() else " " for char in str(error)
+        )  # parts of it are the file's own words
+        raise ReportError(f"{path}: {said[:300]}") from None
 
 
 class _WrongShape(Exception):
@@ -55,12 +59,18 @@ def _checked(record: Any) -> dict[str, Any]:
     for key in ("cpu", "versions"):
         _dict(environment.get(key), f"environment.{key}")
     _text(environment["cpu"].get("model"), "environment.cpu.model")
-    if environment.get("gpu") is not None:
+    if environment.setdefault("gpu", None) is not None:
         _text(_dict(environment["gpu"], "environment.gpu").get("model"), "environment.gpu.model")
     _number(environment.get("threads"), "environment.threads")
-    for key in ("date", "commit", "device"):
-        if environment.get(key) is not None:
+    for key in ("python", "date"):
+        _text(environment.get(key), f"environment.{key}")
+    for key in ("commit", "device"):
+        if environment.setdefault(key, None) is not None:
             _text(environment[key], f"environment.{key}")
+    if not isinstance(environment["cpu"].get("flags"), list):
+        raise _WrongShape("environment.cpu.flags: expected a list")
+    for flag in environment["cpu"]["flags"]:
+        _text(flag, "environment.cpu.flags")
     for name, version in environment["versions"].items():
         _text(name, "environment.versions")
         if version is not None:
@@ -69,6 +79,8 @@ def _checked(record: Any) -> dict[str, Any]:
         _check_ceilings(_dict(environment["ceilings"], "environment.ceilings"))
     if not isinstance(record.get("results"), list):
         raise _WrongShape("results: expected a list")
+    if len(record["results"]) > MOST_CASES:
+        raise _WrongShape(f"results: {len(record['results'])} cases, at most {MOST_CASES} are read")
     seen = set()
     for place, result in enumerate(record["results"]):
         _check_result(_dict(result, f"results[{place}]"), f"results[{place}]")
@@ -80,7 +92,8 @@ def _checked(record: Any) -> dict[str, Any]:
 
 
 def _check_ceilings(ceilings: dict[str, Any]) -> None:
-    _text(ceilings.get("device"), "environment.ceilings.device")
+    for key in ("device", "source"):
+        _text(ceilings.get(key), f"environment.ceilings.{key}")
     _number(ceilings.get("bytes_per_s"), "environment.ceilings.bytes_per_s", above=0)
     for name, rate in _dict(ceilings.get("flops_per_s"), "environment.ceilings.flops_per_s").items():
         _number(rate, f"environment.ceilings.flops_per_s.{name}", above=0)
@@ -92,7 +105,7 @@ def _check_result(result: dict[str, Any], where: str) -> None:
     where = f"{result['suite']} {result['case']}"
     if not isinstance(result.setdefault("error", None), str | None):
         raise _WrongShape(f"{where}: error: expected text")
-    _dict(result.get("params"), f"{where}: params")
+    _check_params(_dict(result.get("params"), f"{where}: params"), f"{where}: params")
     for name, contender in _dict(result.get("contenders"), f"{where}: contenders").items():
         _text(name, f"{where}: contender")
         if "seconds" in _dict(contender, f"{where}: {name}"):
@@ -112,12 +125,24 @@ def _check_result(result: dict[str, Any], where: str) -> None:
             _number(_dict(roofline, f"{where}: roofline").get(key), f"{where}: roofline.{key}", above=0)
 
 
+def _check_params(params: dict[str, Any], where: str) -> None:
+    """Where a case lies on the axis of a scaling plot. Anything else is only ever compared for equality."""
+    if "axis" not in params:
+        return
+    if params["axis"] not in ("M", "r", "N"):
+        raise _WrongShape(f"{where}.axis: expected M, r or N")
+    for size in ("M", "K", "N", "r"):
+        _number(params.get(size), f"{where}.{size}", above=0)
+    _text(params.get("dtype"), f"{where}.dtype")
+    _number(params.get("dropout"), f"{where}.dropout")
+
+
 def _spread(value: Any, where: str) -> None:
     """Median and quartiles, in their order, above zero: they are divided by."""
     q1, median, q3 = (
         _number(_dict(value, where).get(key), f"{where}.{key}", above=0) for key in ("q1", "median", "q3")
     )
-    if not q1 <= median <= q3:
+    if not 1e-12 < q1 <= median <= q3:
         raise _WrongShape(f"{where}: quartiles out of order")
 
 
@@ -137,6 +162,6 @@ def _text(value: Any, where: str) -> str:
 def _number(value: Any, where: str, above: float | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _WrongShape(f"{where}: expected a number, got {type(value).__name__}")
-    if abs(value) > 1e300 or not math.isfinite(value) or value < 0 or (above is not None and value <= above):
+    if abs(value) > 1e24 or not math.isfinite(value) or value < 0 or (above is not None and value <= above):
         raise _WrongShape(f"{where}: expected a {'positive' if above is not None else 'non-negative'} finite number")
     return value
