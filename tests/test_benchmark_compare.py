@@ -78,6 +78,17 @@ def test_peft_becoming_slower_does_not_hide_that_we_did():
     assert figures(comparison.regressions) == {"times the floor", "seconds"}
 
 
+def test_only_our_figures_are_judged():
+    def with_peers(peft_ratio: float) -> dict[str, Any]:
+        result = layer()
+        result["speedup"]["peft-compiled"] = {"peft": spread(peft_ratio), "fastpeft": spread(1.0)}
+        result["speedup"]["fastpeft-compiled"] = {"fastpeft": spread(peft_ratio)}
+        return result
+
+    comparison = compared(with_peers(1.0), with_peers(0.5))
+    assert not comparison.regressions + comparison.improvements
+
+
 def test_saved_bytes_are_exact():
     one_more = compared(counted("saved", "a", ours=1000, peft=9000), counted("saved", "a", ours=1001, peft=9000))
     assert [str(change) for change in one_more.regressions] == [
