@@ -57,12 +57,13 @@ def _cold_compiler(backend: str) -> Iterator[None]:
             stack.enter_context(fresh_cache())
         torch.compiler.reset()
         stack.callback(torch.compiler.reset)
-        torch.compile(_one_line, backend=backend)(torch.ones(8))
+        loss = torch.compile(_two_ops, backend=backend)(torch.ones(8, 8, requires_grad=True))
+        loss.backward()  # type: ignore[no-untyped-call]
         yield
 
 
-def _one_line(x: torch.Tensor) -> torch.Tensor:
-    return x.sin() + 1
+def _two_ops(x: torch.Tensor) -> torch.Tensor:
+    return (x @ x).sin().sum()
 
 
 def compiled_model_cases(quick: bool, device: str) -> Iterator[CompiledModelCase]:

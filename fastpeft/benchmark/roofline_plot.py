@@ -29,7 +29,7 @@ def draw(record: dict[str, Any]) -> tuple[str, Any] | None:
     _draw_roof(roof, ceilings, results, colours)
     _draw_shares(bars, [result for result in results if result["suite"] != "scaling"] or results, colours)
     bars.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=5, frameon=False, fontsize=8)
-    return "Measured against the limit of the device", figure
+    return f"Measured against the limit of {ceilings['device']} ({ceilings['source']})", figure
 
 
 def _work(result: dict[str, Any], name: str) -> tuple[float, float]:
@@ -45,7 +45,7 @@ def _draw_roof(axes: Any, ceilings: dict[str, Any], results: list[dict[str, Any]
     steps = [low * (high / low) ** (step / 200) for step in range(201)]
     for style, (dtype, rate) in zip(ROOFS, ceilings["flops_per_s"].items(), strict=False):
         roof = [min(rate, step * ceilings["bytes_per_s"]) / 1e9 for step in steps]
-        label = f"{ceilings['bytes_per_s'] / 1e9:.3g} GB/s, {rate / 1e12:.3g} TFLOP/s {dtype}"
+        label = f"roof: {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, {rate / 1e9:,.0f} GFLOP/s {dtype}"
         axes.plot(steps, roof, style, color="#333", linewidth=1.4, label=label)
     for name, colour in colours.items():
         if name == FROZEN:
@@ -57,14 +57,12 @@ def _draw_roof(axes: Any, ceilings: dict[str, Any], results: list[dict[str, Any]
         axes.plot([at for at, _ in found], reached, "o", color=colour, markersize=4.5, alpha=0.8, label=name)
     axes.set(
         xscale="log", yscale="log", xlabel="FLOP a byte (least traffic)", ylabel="GFLOP/s", xlim=(low, high),
-        title=f"{ceilings['device']}: {ceilings['source']}",
     )  # fmt: skip
     for each in (axes.xaxis, axes.yaxis):
         each.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         each.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
-    axes.title.set_fontsize(8.5)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
