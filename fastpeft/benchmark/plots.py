@@ -92,7 +92,7 @@ def _bars(rows: list[tuple[str, dict[str, tuple[float, float, float]]]], *, labe
     for case, bars in rows:
         start = place
         for name, (median, q1, q3) in bars.items():
-            axes.barh(place, median, 0.85, color=colours[name], label=name)
+            axes.barh(place, median, 0.85, color=colours[name], label=name.replace("$", r"\$"))
             axes.plot([q1, q3], [place, place], color="#222", linewidth=1.1)
             axes.annotate(
                 text.format(median), (max(median, q3), place), (5, 0), textcoords="offset points", va="center",
