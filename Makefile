@@ -4,7 +4,7 @@
 #   CONSTRAINTS=        on a GPU machine: let pip choose a torch with CUDA and the Triton that belongs to it
 #   VENV=elsewhere      another place for the environment
 #   PYTHON=python3.12   another Python to build it with
-#   ARGS="-k dropout"   more arguments for pytest (test, bench) or the demo
+#   ARGS="-k dropout"   more arguments for pytest (test), the demo or fastpeft bench (bench: ARGS=--quick)
 
 VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
@@ -31,16 +31,15 @@ test: $(VENV)/.test $(VENV)/triton-3.6
 	@OMP_NUM_THREADS=1 FASTPEFT_TRITON_36=$(abspath $(VENV)/triton-3.6) \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(ARGS)
 
-bench: $(VENV)/.test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only --benchmark-disable-gc \
-	  --benchmark-columns=median,iqr,min,rounds --benchmark-json=bench-out.json $(ARGS)
+bench: $(VENV)/.bench
+	@$(BIN)/fastpeft bench --output bench-out $(ARGS)
 
 lint: $(VENV)/.test
 	@echo "==> ruff, mypy"
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet --diff . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build demo-out bench-out bench-out.json *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build demo-out bench-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -15,7 +15,7 @@ from fastpeft.benchmark.report import facts_of
 def libraries() -> dict[str, Any]:
     found = available()
     if REFERENCE not in found:
-        pytest.exit("make bench compares with reference PEFT: install it (pip install 'fastpeft[bench]')", returncode=2)
+        pytest.exit("compared with reference PEFT: install it (pip install 'fastpeft[bench]')", returncode=2)
     return found
 
 

@@ -7,14 +7,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastpeft.benchmark import GPU_SUITES, SUITES, run
+from fastpeft.benchmark import GPU_SUITES, QUICK, SUITES, Effort, run
+from fastpeft.benchmark.plots import draw
+
+EFFORT = Effort(budget_s=2.0, warmup=3)  # a GPU that is ours alone is steady, and all of it has to fit into 9 minutes
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for <stem>.json and <stem>.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder for <stem>.json, <stem>.md and the pictures")
     parser.add_argument("--stem", default="bench", help="name of the files")
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=[*GPU_SUITES, "layer", "saved", "model"])
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(GPU_SUITES))
     parser.add_argument("--quick", action="store_true", help="fewer cases, measured more briefly")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--deadline", type=float, help="begin no case after so many seconds")
@@ -25,10 +28,15 @@ def main() -> int:
         out_dir=args.out,
         stem=args.stem,
         device=args.device,
+        effort=QUICK if args.quick else EFFORT,
         deadline_s=args.deadline,
         progress=lambda line: print(line, flush=True),
     )
     print(report.to_markdown())
+    try:
+        draw(report.to_dict(), args.out, args.stem)
+    except ImportError as error:
+        print(f"no pictures: {error}; then fastpeft bench --draw {args.out / args.stem}.json")
     for result in report.errors:
         print(f"{result.suite} {result.case}: {result.error}", file=sys.stderr)
     return 1 if report.errors else 0

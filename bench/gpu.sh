@@ -4,7 +4,8 @@
 #   bench/gpu.sh [OUT]      OUT (or $OUT): folder for the results, bench/results when not given
 #   PYTHON=python3          the Python to use: any that has torch and sees the GPU; nothing is downloaded into it
 #
-# Writes OUT/<gpu>/<date>.json (every figure, with the machine), .md (the tables) and -tests.txt (what the tests said).
+# Writes OUT/<gpu>/<date>.json (every figure, with the machine), .md (the tables), the pictures where matplotlib is
+# installed, and -tests.txt (what the tests said).
 set -u
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}

@@ -1,4 +1,7 @@
-"""`make bench`: the layer, the small Llama's training step, and what each keeps for its backward."""
+"""For pytest-benchmark's own records: the layer, the small Llama's training step, and what each keeps for backward.
+
+pytest bench --benchmark-only --benchmark-json=FILE
+"""
 
 import pytest
 

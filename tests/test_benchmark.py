@@ -1,6 +1,5 @@
 """The measuring code measures what it says: order of runs, ratios, bytes, records. No test here asserts a speed."""
 
-import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -8,19 +7,16 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from bench_cases import CEILINGS, ITSELF, ONCE, TINY_LLAMA, tiny
 from torch import nn
 
 from fastpeft import benchmark
-from fastpeft.benchmark import environment, gpu, layer, libraries, model
-from fastpeft.benchmark.cases import Case, Effort, Result, measure
-from fastpeft.benchmark.libraries import OURS, REFERENCE
+from fastpeft.benchmark import environment, gpu, host, layer, libraries, model, records, scaling
+from fastpeft.benchmark.cases import Result, measure
+from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
 from fastpeft.benchmark.memory import saved_bytes
 from fastpeft.benchmark.report import Report
 from fastpeft.benchmark.timing import Spread, Timing, interleave
-
-ITSELF = {OURS: peft, REFERENCE: peft}  # reference PEFT against itself: whatever differs is the harness's fault
-ONCE = Effort(budget_s=0, warmup=0, min_rounds=2, max_rounds=2)
-TINY_LLAMA = model.LlamaSize(layers=1, hidden=32, intermediate=48, heads=4, kv_heads=2, vocabulary=64)
 
 
 class Ticking:
@@ -144,30 +140,28 @@ def test_a_step_of_training_moves_the_adapters_alone():
     assert len(moved) == 2 * 7  # all seven linears of the layer
 
 
-def tiny(case: Case) -> Case:
-    """A GPU case in a shape for one CPU core."""
-    if isinstance(case, gpu.FusedLinearCase):
-        return dataclasses.replace(case, size=32, M=16, r=4)
-    if isinstance(case, gpu.LlamaLayerCase):
-        return dataclasses.replace(case, M=16, hidden=32, kv=16, intermediate=48, r=4)
-    if isinstance(case, layer.LayerCase):
-        return dataclasses.replace(case, M=16, K=32, N=24, r=4)
-    assert isinstance(case, model.ModelCase)
-    return dataclasses.replace(case, batch=2, tokens=8, r=4, size=TINY_LLAMA)
+COUNTED = ("saved", "saved-model", "llama-saved")  # suites without a time
 
 
-@pytest.mark.parametrize("suite", benchmark.SUITES)
+ELSEWHERE = ("peers", "peak", "first-step", "compiled-model")  # suites that have tests of their own below
+
+
+@pytest.mark.parametrize("suite", [suite for suite in benchmark.SUITES if suite not in ELSEWHERE])
 def test_every_suite_runs_in_tiny_shapes_with_what_is_installed(suite, monkeypatch):
     cases = list(benchmark.SUITES[suite](True, "cpu"))
     assert len({case.name for case in cases}) == len(cases)
-    monkeypatch.setattr(gpu.FusedLinearCase, "effort", None)  # two rounds do, instead of the protocol's 400
+    for kind in (gpu.FusedLinearCase, scaling.ScalingCase, host.HostLayerCase):
+        monkeypatch.setattr(kind, "effort", None)  # two rounds do, instead of what the case asks for
     for case in map(tiny, cases[:6]):  # the rest differs in shape alone, which `tiny` makes the same
-        result = measure(case, benchmark.available(), ONCE)
+        result = measure(case, benchmark.available(), ONCE, CEILINGS)
         assert result.error is None, f"{case.name}: {result.error}"
         assert {OURS, REFERENCE} <= set(result.contenders)
-        if "saved" not in suite:
+        if suite not in COUNTED:
             assert all(contender["seconds"]["median"] > 0 for contender in result.contenders.values())
             assert OURS in result.speedup[case.baselines[0]]
+            assert result.floor[OURS]["median"] > 0
+            assert not {FROZEN} & set(result.floor | result.speedup[case.baselines[0]])
+        assert bool(result.roofline) == (case.work() is not None)
 
 
 def test_a_contender_that_no_graph_can_capture_is_timed_and_named(monkeypatch):
@@ -197,14 +191,17 @@ def test_run_writes_a_record_that_reads_back(monkeypatch, tmp_path):
     report = run_tiny(monkeypatch, tmp_path, progress=lines.append)
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record == report.to_dict()
-    assert record["schema"] == 1
+    assert record["schema"] == 2
+    assert records.read(tmp_path / "bench.json") == record  # what is written passes the check of what is read
     assert len(lines) == len(record["results"]) == 2
     for result in record["results"]:
-        assert set(result) == {"suite", "case", "params", "contenders", "speedup", "error"}
+        assert set(result) == {"suite", "case", "params", "contenders", "speedup", "floor", "roofline", "error"}
         assert result["error"] is None
-        assert set(result["contenders"]) == {OURS, REFERENCE}
+        assert set(result["contenders"]) == {FROZEN, OURS, REFERENCE}
         assert set(result["contenders"][OURS]["seconds"]) == {"median", "q1", "q3", "min"}
         assert set(result["speedup"][REFERENCE]) == {OURS}
+        assert set(result["floor"]) == {OURS, REFERENCE}
+        assert 0 < result["roofline"]["base_seconds"] < result["roofline"]["seconds"]
         assert result["params"]["device"] == "cpu"
     assert {"date", "commit", "cpu", "gpu", "versions", "threads", "python"} <= set(record["environment"])
 
@@ -226,11 +223,11 @@ def test_table_shows_errors():
 
 def test_cases_past_the_deadline_are_named_not_dropped(monkeypatch):
     report = run_tiny(monkeypatch, deadline_s=-1.0)
-    assert [result.error for result in report.results] == ["not run: past the limit of -1 s"] * 2
+    assert [result.error for result in report.results] == ["not run: it would pass the limit of -1 s"] * 2
 
 
 def test_unknown_suite_is_refused():
-    with pytest.raises(ValueError, match="no suite speed; there are layer, saved"):
+    with pytest.raises(ValueError, match="no suite speed; there are layer, groups, "):
         benchmark.run(["speed"])
 
 
@@ -256,3 +253,38 @@ def test_environment_names_cpu_versions_and_bf16_units():
     assert torch.__version__.startswith(record["versions"]["torch"])
     assert record["threads"] == 1
     json.dumps(record)
+
+
+def test_floor_is_the_contenders_time_over_the_frozen_bases():
+    result = Result("layer", "a", {})
+    result.add_timing(Timing({FROZEN: [1.0, 1.0], OURS: [1.25, 1.25], REFERENCE: [2.0, 2.0]}), (REFERENCE,))
+    assert {name: ratio["median"] for name, ratio in result.floor.items()} == {OURS: 1.25, REFERENCE: 2.0}
+    assert result.speedup == {REFERENCE: {OURS: Spread.of([1.6]).to_dict()}}
+
+
+class Fails(layer.LayerCase):
+    """A layer case in which the contenders named `failing` raise in their first step."""
+
+    failing = ("unsloth",)
+
+    def steps(self, found):
+        def fail():
+            raise TypeError("cannot do that\nand more")
+
+        return {**super().steps(found), **dict.fromkeys(self.failing, fail)}
+
+
+def test_a_peer_that_fails_is_named_and_the_others_are_compared(monkeypatch):
+    case = Fails(M=4, K=8, N=8, r=2, dtype="fp32", dropout=0.0)
+    result = measure(case, ITSELF, ONCE)
+    assert result.error is None
+    assert result.contenders["unsloth"] == {"failed": "TypeError: cannot do that"}
+    assert set(result.speedup[REFERENCE]) == {OURS}
+    monkeypatch.setattr(Fails, "failing", (OURS,))
+    assert measure(case, ITSELF, ONCE).error == "TypeError: cannot do that"
+
+
+def test_a_case_that_takes_long_is_not_begun_shortly_before_the_deadline(monkeypatch):
+    monkeypatch.setattr(layer.LayerCase, "reserve_s", 60.0)
+    assert all("not run" in result.error for result in run_tiny(monkeypatch, deadline_s=30.0).results)
+    assert not run_tiny(monkeypatch, deadline_s=90.0).errors

@@ -8,26 +8,39 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpeft.benchmark import environment, gpu, layer, model
-from fastpeft.benchmark.cases import QUICK, Case, Effort, Libraries, Result, measure
+from fastpeft.benchmark import compiled, environment, fresh, gpu, groups, host, layer, model, peers, roofline, scaling
+from fastpeft.benchmark.cases import QUICK, Case, Effort, Libraries, Result, measure, predicted
 from fastpeft.benchmark.libraries import available
 from fastpeft.benchmark.memory import SavedBytes, saved_bytes
 from fastpeft.benchmark.report import Report
 from fastpeft.benchmark.timing import Spread, Timing, interleave, torch_threads, wall_clock
 
-# Name -> cases(quick, device). The first four run anywhere, the others are tables of a large GPU.
+# Name -> cases(quick, device). The first ten run anywhere, the others are tables of a large GPU.
 SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "layer": layer.layer_cases,
+    "groups": groups.group_cases,
+    "host": host.host_cases,
     "saved": layer.saved_cases,
     "model": model.model_cases,
     "saved-model": model.saved_model_cases,
+    "peak": fresh.peak_cases,
+    "first-step": fresh.first_step_cases,
+    "scaling": scaling.scaling_cases,
+    "compiled-model": compiled.compiled_model_cases,
     "fused-linear": gpu.fused_linear_cases,
     "fused-linear-full": gpu.fused_linear_table,
     "llama-layer": gpu.llama_layer_cases,
     "llama-saved": gpu.llama_saved_cases,
+    "peers": peers.peer_cases,
 }
-DEFAULT_SUITES = ("layer", "saved", "model", "saved-model")
-GPU_SUITES = ("llama-layer", "llama-saved", "fused-linear")
+DEFAULT_SUITES = (
+    "layer", "groups", "host", "saved", "model", "saved-model", "peak", "first-step", "scaling", "compiled-model",
+)  # fmt: skip
+# The tables with targets first; the ones that take long, or that touch other libraries, last.
+GPU_SUITES = (
+    "llama-layer", "llama-saved", "fused-linear", "groups", "host", "model", "peak", "layer", "scaling", "first-step",
+    "compiled-model", "peers",
+)  # fmt: skip
 
 
 def run(
@@ -52,37 +65,58 @@ def run(
         device: "cpu" or "cuda".
         threads: torch threads on the CPU while measuring.
         libraries: contender name -> module with PEFT's names; None: those that are installed.
-        deadline_s: cases that have not begun by then are reported as not run.
+        deadline_s: cases that have not begun by then, or that would not be done, are reported as not run.
         progress: called with one line before each case.
 
     Raises:
         ValueError: a suite that is not there.
     """
-    unknown = [name for name in suites if name not in SUITES]
-    if unknown:
-        raise ValueError(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    cases = _cases(suites, quick, device)
     found = available() if libraries is None else libraries
     effort = effort or (QUICK if quick else Effort())
-    cases = [case for name in suites for case in SUITES[name](quick, device)]
     started, results = time.monotonic(), []
     with torch_threads(threads):
+        ceilings = roofline.ceilings_of(device) if any(case.work() for case in cases) else None
         for number, case in enumerate(cases, start=1):
-            if deadline_s is not None and time.monotonic() - started > deadline_s:
-                late = f"not run: past the limit of {deadline_s:.0f} s"
+            if deadline_s is not None and time.monotonic() - started + case.reserve_s > deadline_s:
+                late = f"not run: it would pass the limit of {deadline_s:.0f} s"
                 results.append(Result(case.suite, case.name, case.params, error=late))
                 continue
             if progress:
                 progress(f"[{number}/{len(cases)}] {case.suite} {case.name}")
-            results.append(measure(case, found, effort))
-    report = Report(environment.describe(threads), results)
+            results.append(measure(case, found, effort, ceilings))
+    report = Report({**environment.describe(threads), **_described(device, ceilings)}, results)
     if out_dir is not None:
         report.write(out_dir, stem)
     return report
 
 
+def predict(suites: Sequence[str], ceilings: roofline.Ceilings, *, quick: bool = False) -> Report:
+    """The predicted seconds of suites on a GPU that is not here: nothing is run. Cases without a roofline are left out.
+
+    Raises:
+        ValueError: a suite that is not there.
+    """
+    results = [predicted(case, ceilings) for case in _cases(suites, quick, "cuda")]
+    described = {**environment.describe(), **_described("cuda", ceilings), "predicted": ceilings.device}
+    return Report(described, [result for result in results if result.roofline])
+
+
+def _cases(suites: Sequence[str], quick: bool, device: str) -> list[Case]:
+    unknown = [name for name in suites if name not in SUITES]
+    if unknown:
+        raise ValueError(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    return [case for name in suites for case in SUITES[name](quick, device)]
+
+
+def _described(device: str, ceilings: roofline.Ceilings | None) -> dict[str, Any]:
+    return {"device": device, "ceilings": ceilings.to_dict() if ceilings else None}
+
+
 __all__ = [
     "DEFAULT_SUITES",
     "GPU_SUITES",
+    "QUICK",
     "SUITES",
     "Effort",
     "Report",
@@ -92,6 +126,7 @@ __all__ = [
     "Timing",
     "available",
     "interleave",
+    "predict",
     "run",
     "saved_bytes",
     "torch_threads",

@@ -6,9 +6,10 @@ layer at 8192 tokens; "llama-saved" counts what they keep for backward.
 """
 
 import contextlib
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpeft.benchmark.cases import Case, Effort, Libraries
-from fastpeft.benchmark.libraries import OURS, REFERENCE, frozen_linear, lora_layer, lora_model
+from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE, frozen_linear, lora_layer, lora_model
 from fastpeft.benchmark.memory import cuda_kept_bytes, saved_bytes
+from fastpeft.benchmark.roofline import Work, lora_work
 from fastpeft.benchmark.timing import Step, graph_replay
 
 BF16 = torch.bfloat16
-FROZEN, PLAIN = "frozen", "torch"  # the base alone; LoRA as five lines of torch
+PLAIN = "torch"  # LoRA as five lines of torch
 LLAMA_LAYERS = 32
 
 
@@ -47,7 +49,7 @@ class FusedLinearCase(Case):
     """One square linear, forward or forward and backward, replayed as a CUDA graph."""
 
     suite: ClassVar[str] = "fused-linear"
-    baselines: ClassVar[tuple[str, ...]] = (PLAIN, FROZEN)
+    baselines: ClassVar[tuple[str, ...]] = (PLAIN, REFERENCE)
     effort: ClassVar[Effort | None] = Effort(warmup=200, min_rounds=200, max_rounds=200)
 
     size: int
@@ -62,6 +64,11 @@ class FusedLinearCase(Case):
 
     def base(self) -> nn.Linear:
         return frozen_linear(self.size, self.size, BF16, self.device)
+
+    def work(self) -> Work | None:
+        return lora_work(
+            self.M, self.size, [self.size], self.r, dtype="bf16", dropout=self.dropout, backward=self.backward
+        )
 
     def contenders(self, found: Libraries) -> dict[str, Any]:
         scaling = 1.0  # alpha = r
@@ -147,7 +154,7 @@ class LlamaLayerCase(Case):
     """
 
     suite: ClassVar[str] = "llama-layer"
-    baselines: ClassVar[tuple[str, ...]] = (REFERENCE, f"{REFERENCE}-autocast", FROZEN)
+    baselines: ClassVar[tuple[str, ...]] = (REFERENCE, f"{REFERENCE}-autocast")
 
     group: str  # "qkv", "gate-up" or "all"
     M: int = 8192
@@ -160,6 +167,15 @@ class LlamaLayerCase(Case):
     @property
     def name(self) -> str:
         return f"{self.group}-p{self.dropout}-M{self.M}"
+
+    def work(self) -> Work | None:
+        """q, k, v share one input and gate, up another."""
+        qkv = (self.hidden, (self.hidden, self.kv, self.kv))
+        gate_up = (self.hidden, (self.intermediate, self.intermediate))
+        rest = ((self.hidden, (self.hidden,)), (self.intermediate, (self.hidden,)))
+        inputs = {"qkv": (qkv,), "gate-up": (gate_up,), "all": (qkv, gate_up, *rest)}[self.group]
+        works = [lora_work(self.M, K, widths, self.r, dtype="bf16", dropout=self.dropout) for K, widths in inputs]
+        return reduce(operator.add, works)
 
     def linears(self) -> DecoderLinears:
         return DecoderLinears(self.hidden, self.kv, self.intermediate, self.device)
@@ -211,6 +227,9 @@ class LlamaSavedCase(LlamaLayerCase):
     """What those linears keep for backward: bytes of one layer, and of the 32 that the model has."""
 
     suite: ClassVar[str] = "llama-saved"
+
+    def work(self) -> None:
+        return None
 
     def steps(self, found: Libraries) -> dict[str, Step]:
         return {}

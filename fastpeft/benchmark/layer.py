@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpeft.benchmark.cases import DTYPES, Case, Libraries
-from fastpeft.benchmark.libraries import adapter_weights, frozen_linear, lora_layer
+from fastpeft.benchmark.libraries import FROZEN, adapter_weights, frozen_linear, lora_layer
 from fastpeft.benchmark.memory import saved_bytes
+from fastpeft.benchmark.roofline import Work, lora_work
 from fastpeft.benchmark.timing import Step
 
 
@@ -32,11 +33,15 @@ class LayerCase(Case):
 
     def layers(self, found: Libraries) -> dict[str, Any]:
         """One layer for each library, all with the same weights."""
-        dtype = DTYPES[self.dtype]
         return {
-            name: lora_layer(library, frozen_linear(self.K, self.N, dtype, self.device), r=self.r, dropout=self.dropout)
-            for name, library in found.items()
+            name: lora_layer(library, self.base(), r=self.r, dropout=self.dropout) for name, library in found.items()
         }
+
+    def base(self) -> nn.Linear:
+        return frozen_linear(self.K, self.N, DTYPES[self.dtype], self.device)
+
+    def work(self) -> Work | None:
+        return lora_work(self.M, self.K, [self.N], self.r, dtype=self.dtype, dropout=self.dropout)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """x: (M, K) with gradient, dout: (M, N), both in the base's dtype."""
@@ -46,7 +51,8 @@ class LayerCase(Case):
         return x.to(self.device, dtype).requires_grad_(), dout.to(self.device, dtype)
 
     def steps(self, found: Libraries) -> dict[str, Step]:
-        return {name: self._step(layer) for name, layer in self.layers(found).items()}
+        layers = {FROZEN: self.base(), **self.layers(found)}
+        return {name: self._step(layer) for name, layer in layers.items()}
 
     def _step(self, layer: Any) -> Step:
         x, dout = self.batch()
@@ -86,6 +92,9 @@ class SavedCase(LayerCase):
     """What the same layer keeps for its backward."""
 
     suite: ClassVar[str] = "saved"
+
+    def work(self) -> None:
+        return None
 
     def steps(self, found: Libraries) -> dict[str, Step]:
         return {}

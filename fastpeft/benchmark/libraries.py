@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 OURS, REFERENCE = "fastpeft", "peft"
+FROZEN = "frozen"  # the floor: the same layer or model without an adapter, its input wanting a gradient
+
+
+def is_ours(contender: str) -> bool:
+    """Whether a contender is fastpeft, alone or in some mode: "fastpeft-compiled", "fastpeft+liger"."""
+    return contender.startswith(OURS)
 
 
 def available() -> dict[str, ModuleType]:
@@ -67,9 +73,9 @@ def adapter_weights(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen_linear(K: int, N: int, dtype: torch.dtype, device: str, seed: int = 0) -> nn.Linear:
-    """A base layer as a model holds it: no bias, no gradient; the same numbers for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """A base layer as a model holds it: no bias, no gradient; the same numbers for the same seed and kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
     linear = nn.Linear(K, N, bias=False, device="meta").to_empty(device=device)
     with torch.no_grad():
-        linear.weight.copy_(torch.randn((N, K), generator=generator) * K**-0.5)
+        linear.weight.copy_(torch.randn((N, K), generator=generator, device=device) * K**-0.5)
     return linear.to(dtype).requires_grad_(False)

@@ -1,16 +1,17 @@
 """Suites "model" and "saved-model": a training step of a small Llama with LoRA on every linear."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.benchmark.cases import DTYPES, Case, Libraries
-from fastpeft.benchmark.libraries import lora_model
+from fastpeft.benchmark.libraries import FROZEN, lora_model
 from fastpeft.benchmark.memory import saved_bytes
 from fastpeft.benchmark.timing import Step
 
@@ -43,12 +44,16 @@ class LlamaSize:
 
 @dataclass(frozen=True)
 class ModelCase(Case):
-    """One step of training: forward, backward, AdamW. Base in `dtype`, adapters in fp32, no autocast."""
+    """One step of training: forward, backward, AdamW. Base in `dtype`, adapters in fp32, under bf16 autocast or not.
+
+    The frozen base runs forward and backward, its embeddings' output wanting a gradient, and has nothing to update.
+    """
 
     suite: ClassVar[str] = "model"
 
     dtype: str
     dropout: float
+    autocast: bool = False
     batch: int = 4
     tokens: int = 256
     r: int = 16
@@ -56,11 +61,19 @@ class ModelCase(Case):
 
     @property
     def name(self) -> str:
-        return f"{self.dtype}-p{self.dropout}"
+        return f"{self.dtype}{'-autocast' if self.autocast else ''}-p{self.dropout}"
+
+    def base(self) -> nn.Module:
+        return self.size.build(DTYPES[self.dtype], self.device)
+
+    def frozen(self) -> nn.Module:
+        """The base in training mode, without an adapter; its layers still pass a gradient down."""
+        base: Any = self.base().requires_grad_(False).train()
+        base.get_input_embeddings().register_forward_hook(lambda module, ids, out: out.requires_grad_())
+        return cast(nn.Module, base)
 
     def model(self, library: ModuleType) -> nn.Module:
-        base = self.size.build(DTYPES[self.dtype], self.device)
-        wrapped: nn.Module = lora_model(library, base, r=self.r, dropout=self.dropout)
+        wrapped: nn.Module = lora_model(library, self.base(), r=self.r, dropout=self.dropout)
         return wrapped
 
     def tokens_of_batch(self) -> Tensor:
@@ -69,25 +82,33 @@ class ModelCase(Case):
         return torch.randint(self.size.vocabulary, shape, generator=generator).to(self.device)
 
     def steps(self, found: Libraries) -> dict[str, Step]:
-        return {name: self._step(self.model(library)) for name, library in found.items()}
+        models = {FROZEN: self.frozen(), **{name: self.model(library) for name, library in found.items()}}
+        return {name: self._step(model) for name, model in models.items()}
 
     def _step(self, model: nn.Module) -> Step:
         ids = self.tokens_of_batch()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 
         def step() -> None:
-            _loss(model, ids).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with self.casting():
+                loss = _loss(model, ids)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if optimizer:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
         return step
+
+    def casting(self) -> AbstractContextManager[object]:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16) if self.autocast else nullcontext()
 
     def facts(self, found: Libraries) -> dict[str, dict[str, Any]]:
         """The first loss with dropout off: contenders that differ here do not run the same model."""
         facts = {}
         ids = self.tokens_of_batch()
         for name, library in found.items():
-            with torch.no_grad():
+            with torch.no_grad(), self.casting():
                 facts[name] = {"first_loss": float(_loss(self.model(library).eval(), ids))}
         return facts
 
@@ -107,7 +128,8 @@ class SavedModelCase(ModelCase):
         for name, library in found.items():
             model = self.model(library)
             there = [*model.parameters(), *model.buffers()]
-            saved = saved_bytes(partial(_loss, model, ids), inputs=[ids], parameters=there)
+            with self.casting():
+                saved = saved_bytes(partial(_loss, model, ids), inputs=[ids], parameters=there)
             facts[name] = {"saved": {**saved.to_dict(), "own_per_token": saved.own / ids.numel()}}
         return facts
 
@@ -121,8 +143,10 @@ def model_cases(quick: bool, device: str) -> Iterator[ModelCase]:
     for dtype in ("bf16",) if quick else ("fp32", "bf16"):
         for dropout in (0.0,) if quick else (0.0, 0.1):
             yield ModelCase(dtype=dtype, dropout=dropout, device=device)
+    for dropout in () if quick else (0.0, 0.1):
+        yield ModelCase(dtype="bf16", dropout=dropout, autocast=True, device=device)
 
 
 def saved_model_cases(quick: bool, device: str) -> Iterator[SavedModelCase]:
     for case in model_cases(quick, device):
-        yield SavedModelCase(dtype=case.dtype, dropout=case.dropout, device=device)
+        yield SavedModelCase(dtype=case.dtype, dropout=case.dropout, autocast=case.autocast, device=device)

@@ -1,0 +1,155 @@
+"""Each suite measures what it says: what its contenders are, what a step does, what a process of its own reports."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench_cases import ITSELF, ONCE, TINY_LLAMA, tiny
+
+from fastpeft.benchmark import compiled, fresh, groups, host, model, peers, scaling
+from fastpeft.benchmark.cases import Effort, measure
+from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
+
+
+def test_the_frozen_model_passes_a_gradient_down_and_trains_nothing():
+    case = model.ModelCase(dtype="fp32", dropout=0.0, batch=2, tokens=8, r=4, size=TINY_LLAMA)
+    frozen = case.frozen()
+    seen = []
+    frozen.model.layers[0].self_attn.q_proj.register_full_backward_hook(lambda module, gin, gout: seen.append(gin[0]))
+    case._step(frozen)()
+    assert seen[0].abs().sum() > 0
+    assert not [name for name, p in frozen.named_parameters() if p.requires_grad or p.grad is not None]
+
+
+def test_autocast_cases_run_their_products_in_bf16():
+    case = model.ModelCase(dtype="fp32", dropout=0.0, autocast=True, batch=2, tokens=8, r=4, size=TINY_LLAMA)
+    dtypes = set()
+    frozen = case.frozen()
+    frozen.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    case._step(frozen)()
+    assert dtypes == {torch.bfloat16}
+    assert case.name == "fp32-autocast-p0.0"
+
+
+def test_group_members_see_one_x_and_its_gradient_is_their_sum():
+    case = groups.GroupCase("qkv", M=8, dtype="fp32", dropout=0.0, hidden=16, kv=8, r=2)
+    ours, theirs = (module for name, module in case.modules(ITSELF).items() if name != FROZEN)
+    x, douts = case.batch()
+    assert [tuple(dout.shape) for dout in douts] == [(8, 16), (8, 8), (8, 8)]
+    torch.autograd.backward(ours(x), douts)
+    alone = []
+    for linear, dout in zip(theirs.get_submodule("0").children(), douts, strict=True):
+        y, _ = case.batch()
+        linear(y).backward(dout)
+        alone.append(y.grad)
+    torch.testing.assert_close(x.grad, sum(alone))
+
+
+def test_host_times_are_those_of_one_call():
+    case = host.HostLayerCase(M=1, K=8, N=8, dtype="fp32", dropout=0.0, r=2)
+    calls = []
+    step = {OURS: lambda: calls.extend([0] * case.repeats)}
+    fake = dataclasses.make_dataclass("Fake", [], bases=(host.HostLayerCase,), frozen=True)(**vars(case))
+    object.__setattr__(fake, "steps", lambda found: step)
+    object.__setattr__(fake, "clock", lambda: lambda step: step() or 1.0)
+    result = measure(fake, ITSELF, Effort(budget_s=0, warmup=0, min_rounds=2, max_rounds=2))
+    assert result.contenders[OURS]["seconds"]["median"] == 1.0 / case.repeats
+    assert len(calls) >= 3 * case.repeats
+
+
+def test_scaling_moves_one_size_at_a_time():
+    cases = list(scaling.scaling_cases(False, "cpu"))
+    for axis in ("M", "r", "N"):
+        along = [case for case in cases if case.axis == axis]
+        values = [getattr(case, axis) for case in along]
+        assert values == sorted(set(values))
+        assert len(values) >= 4
+        others = {tuple(getattr(case, size) for size in ("M", "K", "N", "r") if size != axis) for case in along}
+        assert len(others) == 1
+
+
+def test_the_compilers_first_step_is_kept(monkeypatch):
+    monkeypatch.setattr(compiled.CompiledModelCase, "effort", None)
+    case = tiny(compiled.CompiledModelCase(dtype="fp32", dropout=0.0))
+    result = measure(case, ITSELF, ONCE)
+    assert result.error is None
+    first = {name: contender["first_step"]["seconds"] for name, contender in result.contenders.items()}
+    assert first[f"{OURS}-compiled"] > result.contenders[f"{OURS}-compiled"]["seconds"]["median"]
+    assert set(first) == {FROZEN, OURS, REFERENCE, f"{OURS}-compiled", f"{REFERENCE}-compiled"}
+
+
+def test_cpu_peak_is_the_most_that_was_alive_at_once(monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    x = torch.randn(1000, 250)  # a megabyte, there before
+
+    def step() -> None:
+        y = x + 1
+        z = y + 1  # two at once
+        del y
+        z = z * 2  # two again
+
+    assert fresh.cpu_peak_bytes(step) == pytest.approx(2 * x.nbytes, rel=0.01)
+
+
+def test_a_child_that_fails_says_why():
+    case = tiny(fresh.FirstStepCase(dtype="fp32", dropout=0.0))
+    with pytest.raises(RuntimeError, match=r"no_such_library in a process of its own: ModuleNotFoundError"):
+        fresh.run_child("first_step", "no_such_library", case)
+
+
+def test_fresh_processes_report_the_peak_of_a_step():
+    facts = tiny(fresh.PeakCase(dtype="fp32", dropout=0.0)).facts({})
+    assert set(facts) == {FROZEN}
+    assert facts[FROZEN]["peak"]["bytes"] > 2 * 8 * 64 * 4  # at least the logits: batch x tokens x vocabulary
+
+
+def test_a_fresh_process_reports_its_first_step():
+    case = tiny(fresh.FirstStepCase(dtype="fp32", dropout=0.0))
+    step = fresh.run_child("first_step", REFERENCE, case)["first_step"]
+    assert step["seconds"] > 0
+    assert step["warm_up_seconds"] == pytest.approx(step["seconds"] - step["later_seconds"])
+
+
+def test_peers_are_listed_where_they_are_installed_and_a_gpu_is_there(monkeypatch):
+    assert not list(peers.peer_cases(False, "cpu"))
+    installed: set[str] = set()
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name in installed or None)
+    assert not list(peers.peer_cases(False, "cuda"))
+    installed.add("liger_kernel")
+    assert [case.name for case in peers.peer_cases(False, "cuda")] == ["liger-bf16-p0.0"]
+    installed.add("unsloth")
+    assert [case.name for case in peers.peer_cases(False, "cuda")][-1] == "unsloth-qkv-bf16-p0.0-M8192"
+
+
+def test_ligers_kernels_go_into_one_model_and_unsloths_get_pefts_layers(monkeypatch):
+    """Stand-ins of the two packages, with the signatures that their own code has."""
+    patched = []
+
+    def apply_liger_kernel_to_llama(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True,
+                                    swiglu=True, model=None):  # fmt: skip
+        assert not rope
+        patched.append(model)
+
+    def apply_lora_qkv(self, X, inplace=True):
+        assert X.ndim == 3
+        assert not inplace
+        return self.q_proj(X), self.k_proj(X), self.v_proj(X)
+
+    stand_ins = {
+        "liger_kernel.transformers": SimpleNamespace(apply_liger_kernel_to_llama=apply_liger_kernel_to_llama),
+        "unsloth.kernels": SimpleNamespace(apply_lora_qkv=apply_lora_qkv),
+    }
+    monkeypatch.setattr(peers.importlib, "import_module", stand_ins.__getitem__)
+    liger = peers.LigerCase(dtype="fp32", dropout=0.0, batch=2, tokens=8, r=4, size=TINY_LLAMA)
+    result = measure(liger, ITSELF, ONCE)
+    assert result.error is None
+    assert set(result.speedup[f"{REFERENCE}+liger"]) == {OURS, REFERENCE, f"{OURS}+liger"}
+    assert [type(model).__name__ for model in patched] == ["LlamaForCausalLM"] * 2
+
+    unsloth = peers.UnslothCase("qkv", M=8, dtype="fp32", dropout=0.0, hidden=16, kv=8, r=2)
+    modules = unsloth.modules(ITSELF)
+    x, _ = unsloth.batch()
+    for got, wanted in zip(modules["unsloth"](x), modules[REFERENCE](x), strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert OURS in measure(unsloth, ITSELF, ONCE).speedup["unsloth"]
