@@ -28,6 +28,8 @@ def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is None and (x.dtype == A.dtype or x.shape[0] <= FEW_ROWS):
         return F.linear(x.to(A.dtype), A).mul_(scale)
     rows, columns = shape = _tile_shape(x, most_rows=TILE)
+    if mask is None and _is_one_tile(x, A, shape):
+        return torch.mm(_widened(x, A.dtype), A.t()).mul_(scale)
     S = torch.zeros((x.shape[0], A.shape[0]), dtype=_sum_dtype(A), device=x.device)
     for A_block, tiles in zip(_split(A, columns, dim=1), _tiles(x, mask, A.dtype, shape), strict=True):
         A_block = A_block.contiguous()
@@ -41,6 +43,8 @@ def outer(x: Tensor, S: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and x.dtype == S.dtype and _onednn(S) is None:
         return torch.mm(S.t(), x)
     rows, columns = shape = _tile_shape(x, most_rows=_most_summed_rows(S))
+    if mask is None and _is_one_tile(x, S, shape):
+        return torch.mm(S.t(), _widened(x, S.dtype))
     total = torch.zeros((S.shape[1], x.shape[1]), dtype=_sum_dtype(S), device=x.device)
     St = [part.t().contiguous() for part in _split(S, rows)]
     for total_block, tiles in zip(_split(total, columns, dim=1), _tiles(x, mask, S.dtype, shape), strict=True):
@@ -54,6 +58,9 @@ def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tenso
     if dout.dtype == S.dtype:
         return shrink(dout, B.t(), None, scale), outer(dout, S, None).t().contiguous()
     rows, columns = shape = _tile_shape(dout, most_rows=_most_summed_rows(S))
+    if _is_one_tile(dout, S, shape):
+        tile = _widened(dout, S.dtype)
+        return torch.mm(tile, B).mul_(scale), torch.mm(S.t(), tile).t().contiguous()
     dS = torch.zeros_like(S, dtype=_sum_dtype(S))
     dB = torch.zeros((S.shape[1], dout.shape[1]), dtype=_sum_dtype(S), device=S.device)
     St = [part.t().contiguous() for part in _split(S, rows)]
@@ -110,6 +117,12 @@ def _tile_shape(x: Tensor, most_rows: int) -> tuple[int, int]:
     width = -(-K // max(1, -(-K // TILE_COLUMNS)))
     width = max(1, -(-width // MASK_BITS)) * MASK_BITS
     return min(most_rows, max(64, TILE // width // 64 * 64)), width
+
+
+def _is_one_tile(x: Tensor, narrow: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether one product by torch.mm does: there is nothing to add up, so the narrow dtype is that of the sum too."""
+    fits = all(size <= most for size, most in zip(x.shape, shape, strict=True))
+    return fits and narrow.dtype == _sum_dtype(narrow) and _onednn(narrow) is None
 
 
 def _tiles(x: Tensor, mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Iterator[Iterator[Tensor]]:
