@@ -3,5 +3,15 @@
 from fastpeft_kernels.dispatch import Backend, backend, current_backend
 from fastpeft_kernels.dropout import dropout
 from fastpeft_kernels.lora import lora_add, lora_linear
+from fastpeft_kernels.scale import scale_columns, scale_linear
 
-__all__ = ["Backend", "backend", "current_backend", "dropout", "lora_add", "lora_linear"]
+__all__ = [
+    "Backend",
+    "backend",
+    "current_backend",
+    "dropout",
+    "lora_add",
+    "lora_linear",
+    "scale_columns",
+    "scale_linear",
+]
