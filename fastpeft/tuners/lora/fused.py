@@ -124,7 +124,7 @@ def obstacle_to_fusing(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype
     return None
 
 
-def _ordinary(x: Tensor) -> bool:
+def is_ordinary(x: Tensor) -> bool:
     """Not a tensor subclass, not inside a functional transform, not on its way to a portable graph."""
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
@@ -146,7 +146,7 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
 
     Several adapters without dropout are one of the sum of their ranks.
     """
-    if not adapters or not _ordinary(x):
+    if not adapters or not is_ordinary(x):
         return None
     if obstacle_to_fusing(layer, adapters, x.dtype, torch.is_autocast_enabled(x.device.type)) is not None:
         return None
@@ -167,7 +167,7 @@ def _weights(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 def add_low_rank(layer: Any, adapter: str, out: Tensor, x: Tensor) -> Tensor:
     """out + scaling · drop(x) Aᵀ Bᵀ: by the op, in out's dtype; or by the modules, in the wider of both dtypes."""
-    if not (_ordinary(x) and _ordinary(out)) or obstacle_to_adding(layer, adapter) is not None:
+    if not (is_ordinary(x) and is_ordinary(out)) or obstacle_to_adding(layer, adapter) is not None:
         return out + layer.base.low_rank(layer, adapter, x)
     A, B = _weights(layer, adapter)
     return lora_add(out, x, A, B, layer.scaling[adapter], _dropout_p(layer, adapter))
