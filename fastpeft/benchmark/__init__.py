@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpeft.benchmark import environment, gpu, layer, model
+from fastpeft.benchmark import environment, gpu, ia3, layer, model
 from fastpeft.benchmark.cases import QUICK, Case, Effort, Libraries, Result, measure
 from fastpeft.benchmark.libraries import available
 from fastpeft.benchmark.memory import SavedBytes, saved_bytes
 from fastpeft.benchmark.report import Report
 from fastpeft.benchmark.timing import Spread, Timing, interleave, torch_threads, wall_clock
 
-# Name -> cases(quick, device). The first four run anywhere, the others are tables of a large GPU.
+# Name -> cases(quick, device). The first five run anywhere, the others are tables of a large GPU.
 SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "layer": layer.layer_cases,
     "saved": layer.saved_cases,
     "model": model.model_cases,
     "saved-model": model.saved_model_cases,
+    "ia3": ia3.ia3_cases,
     "fused-linear": gpu.fused_linear_cases,
     "fused-linear-full": gpu.fused_linear_table,
     "llama-layer": gpu.llama_layer_cases,

@@ -11,7 +11,9 @@ from fastpeft.cli.errors import CommandError
 def bench(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUITE]...", help="layer, saved, model, saved-model; on a GPU also the larger tables."),
+        typer.Argument(
+            metavar="[SUITE]...", help="layer, saved, model, saved-model, ia3; on a GPU also the larger tables."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cases, measured briefly: a look, not a figure.")
@@ -29,6 +31,7 @@ def bench(
       saved        bytes it keeps for backward
       model        a training step of a small Llama
       saved-model  bytes that step keeps
+      ia3          one IA3 linear: time, and bytes it keeps
 
     \b
     Examples:
