@@ -10,6 +10,7 @@ in front of and behind a base product, only a block of rows is ever there.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 1 << 17  # elements: 512 KB once widened to fp32, so that two of them stay in a second-level cache
@@ -19,6 +20,8 @@ PRODUCT_ROWS = 512  # of a base product: enough for the full speed of torch.mm
 
 def scale_columns(x: Tensor, scale: Tensor) -> Tensor:
     """x · scale: x (M, N) of any strides, scale of N entries -> (M, N) in x's dtype, contiguous, rounded once."""
+    if x.numel() <= TILE and x.is_contiguous():
+        return _scale_tile(x, scale)
     return _scale_into(torch.empty(x.shape, dtype=x.dtype, device=x.device), x, scale)
 
 
@@ -34,8 +37,11 @@ def scale_columns_backward(dout: Tensor, x: Tensor | None, scale: Tensor, need_d
 
 def scale_linear(x: Tensor, scale: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     """(x · scale) Wᵀ + bias: x (M, K), scale of K entries, W (N, K) -> (M, N) in x's dtype."""
-    out = torch.empty((x.shape[0], W.shape[0]), dtype=x.dtype, device=x.device)
-    buffer = torch.empty((min(PRODUCT_ROWS, x.shape[0]), x.shape[1]), dtype=x.dtype, device=x.device)
+    M, K = x.shape
+    if M <= PRODUCT_ROWS:
+        return F.linear(scale_columns(x, scale), W, bias)
+    out = torch.empty((M, W.shape[0]), dtype=x.dtype, device=x.device)
+    buffer = torch.empty((PRODUCT_ROWS, K), dtype=x.dtype, device=x.device)
     for x_rows, out_rows in zip(_split(x, PRODUCT_ROWS), _split(out, PRODUCT_ROWS), strict=True):
         scaled = _scale_into(buffer[: len(x_rows)], x_rows, scale)
         if bias is None:
@@ -65,13 +71,18 @@ def _wide_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
 
 
+def _scale_tile(x: Tensor, scale: Tensor) -> Tensor:
+    """x · scale in as few of torch's operators as go: for a single row these are what takes the time."""
+    return (x * scale.reshape(-1)).to(x.dtype)
+
+
 def _scale_into(out: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     wide = _wide_dtype(x, scale)
     scale = scale.reshape(-1).to(wide)
     if x.dtype == wide:
         return torch.mul(x, scale, out=out)
     if x.numel() <= TILE:
-        return out.copy_(x.to(wide).mul_(scale))
+        return out.copy_(_scale_tile(x, scale))
     rows = _tile_rows(x)
     buffer = torch.empty((rows, x.shape[1]), dtype=wide, device=x.device)
     for x_tile, out_tile in zip(_split(x, rows), _split(out, rows), strict=True):

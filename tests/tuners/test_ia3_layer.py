@@ -250,6 +250,8 @@ def test_explain():
     assert paths["down_proj"] == ("fused", "")
     assert paths["k_proj"][0] == "added"
     assert "output" in paths["k_proj"][1]
+    with torch.no_grad():
+        assert path_of(model)["down_proj"] == ("added", "no gradients are recorded")
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda module, args, out: None)
@@ -260,7 +262,7 @@ def test_explain():
     assert "merged" in path_of(model)["down_proj"][1]
 
 
-@pytest.mark.parametrize("obstacle", ["hook", "trained", "autocast", "dtype", "argument"])
+@pytest.mark.parametrize("obstacle", ["hook", "trained", "no_grad", "autocast", "dtype", "argument"])
 def test_the_base_module_is_called_wherever_something_hangs_on_it(obstacle, monkeypatch):
     layer, x = ia3("linear", True), input_of()
     expected = layer(x)
@@ -281,6 +283,9 @@ def test_the_base_module_is_called_wherever_something_hangs_on_it(obstacle, monk
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = layer(x)
         assert out.dtype == torch.bfloat16
+    elif obstacle == "no_grad":
+        with torch.no_grad():
+            out = layer(x)
     elif obstacle == "dtype":
         with pytest.raises(RuntimeError):  # as nn.Linear says it
             layer(x.double())
@@ -437,6 +442,18 @@ def test_unload_gives_the_base_back_and_merging_what_was_trained():
     wrapped = get_peft_model(models.tiny_llama(), IA3Config(init_ia3_weights=False))
     adapted = wrapped(**inputs).logits
     torch.testing.assert_close(wrapped.merge_and_unload()(**inputs).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_load_beside_another_adapter(low_cpu_mem_usage, tmp_path):
+    model, inputs = tiny().eval(), models.batch("llama")
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "again", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not any(p.is_meta for p in model.parameters())
+    assert torch.equal(model(**inputs).logits, expected)
+    model.set_adapter("again")
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_reference_peft_recognises_the_tuner():

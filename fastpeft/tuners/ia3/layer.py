@@ -216,35 +216,46 @@ class IA3Layer(nn.Module, BaseTunerLayer):
             raise NotImplementedError(ROWS_NOT_YET)
         if self._disable_adapters and self.merged:
             self.unmerge()
-        adapters = [] if self._disable_adapters or self.merged else self._active_here()
-        if not adapters:
-            return self.base_layer(x, *args, **kwargs)
-        vector = functools.reduce(torch.mul, (self.ia3_l[name] for name in adapters))  # of one: the Parameter itself
+        base_layer: Any = self._modules["base_layer"]
+        vector = None if self._disable_adapters or self.merged_adapters else self._vector()
+        if vector is None:
+            return base_layer(x, *args, **kwargs)
         if not self.is_feedforward:
-            return _scale(self.base_layer(x, *args, **kwargs), vector)
+            return _scale(base_layer(x, *args, **kwargs), vector)
         if not args and not kwargs and self._owns(x, vector):
-            base = self.base_layer._parameters
-            return scale_linear(x, vector, base["weight"], base["bias"])  # type: ignore[arg-type]
-        return self.base_layer(_scale(x, vector), *args, **kwargs)
+            base = base_layer._parameters
+            return scale_linear(x, vector, base["weight"], base["bias"])
+        return base_layer(_scale(x, vector), *args, **kwargs)
 
-    def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.ia3_l]
+    def _vector(self) -> Tensor | None:
+        """The product of the active adapters' vectors, of one adapter its Parameter itself; None where none is active.
+
+        Read from the module's own tables: the look-up of nn.ParameterDict would cost as much as scaling a single row.
+        """
+        own: Any = self._modules["ia3_l"]._parameters  # type: ignore[union-attr]
+        vectors = [own[name] for name in self.active_adapters if name in own]
+        return functools.reduce(torch.mul, vectors) if vectors else None
 
     def _owns(self, x: Tensor, vector: Tensor) -> bool:
         """Whether one op may take the place of the base module. Autocast has casts of its own, kept by the module."""
         return (
-            is_ordinary(x)
+            self._obstacle_to_owning() is None
+            and is_ordinary(x)
             and is_ordinary(vector)
-            and obstacle_to_owning(self) is None
             and x.dtype == self.base_layer._parameters["weight"].dtype  # type: ignore[union-attr]
             and not torch.is_autocast_enabled(x.device.type)
         )
+
+    def _obstacle_to_owning(self) -> str | None:
+        if not torch.is_grad_enabled():  # the op gains in backward; without one, the module costs the host less
+            return "no gradients are recorded"
+        return obstacle_to_owning(self)
 
     def path(self) -> tuple[str, str]:
         """(path, why not a better one) of the next forward: for `fastpeft.explain`."""
         if not self.is_feedforward:
             return "added", "it is the output that is scaled: the base module runs as it is"
-        reason = obstacle_to_owning(self)
+        reason = self._obstacle_to_owning()
         return ("fused", "") if reason is None else ("added", reason)
 
     def __repr__(self) -> str:
