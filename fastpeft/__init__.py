@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from fastpeft.peft_model import PeftModel as PeftModel
     from fastpeft.status import get_layer_status as get_layer_status
     from fastpeft.status import get_model_status as get_model_status
+    from fastpeft.tuners.ia3 import IA3Config as IA3Config
+    from fastpeft.tuners.ia3 import IA3Model as IA3Model
     from fastpeft.tuners.lora import LoraConfig as LoraConfig
     from fastpeft.tuners.lora import LoraModel as LoraModel
     from fastpeft.tuners.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
@@ -89,6 +91,7 @@ _import_name, __all__ = lazy_names(
         ],
         "fastpeft.peft_model": ["PeftModel"],
         "fastpeft.status": ["get_layer_status", "get_model_status"],
+        "fastpeft.tuners.ia3": ["IA3Config", "IA3Model"],
         "fastpeft.tuners.lora": ["LoraConfig", "LoraModel"],
         "fastpeft.tuners.lora.config": ["LoraRuntimeConfig"],
         "fastpeft.tuners.shared_inputs": ["share_inputs"],

@@ -254,6 +254,15 @@ def _config_file(model_id: str | os.PathLike[str], subfolder: str | None, hub_kw
         ) from error
 
 
+def as_module_names(name: str, modules: Any) -> set[str] | str | None:
+    """The value of a config's field `name` that selects modules: a set of names, one regular expression, or None."""
+    if modules is None or isinstance(modules, str):
+        return modules
+    if not isinstance(modules, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in modules):
+        raise TypeError(f"{name} must be a list of module names, one regular expression, or None; got {modules!r}")
+    return set(modules)
+
+
 def _default_of(f: dataclasses.Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 

@@ -22,7 +22,7 @@ class LayerPath:
     Attributes:
         name: dotted path of the layer.
         adapters: the adapters it applies, in order.
-        path: "fused" (one op owns the base product), "added" (the base module, then one op), "plain" (modules only),
+        path: "fused" (one op owns the base product), "added" (the base module and one op), "plain" (modules only),
             or "base" (the base module alone: merged, disabled, or no active adapter here).
         backend: what runs the ops, "triton" or "torch"; "-" where no op of ours runs.
         shares: names of the siblings that the same op computes, because their parent calls them on the same tensor.
@@ -65,22 +65,29 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _explain_layer(name: str, layer: BaseTunerLayer) -> LayerPath:
+    from fastpeft.tuners.ia3.layer import IA3Layer
     from fastpeft.tuners.lora.fused import path_of, sharing_siblings
     from fastpeft.tuners.lora.layer import LoraLayer
 
-    if not isinstance(layer, LoraLayer):
+    if not isinstance(layer, LoraLayer | IA3Layer):
         return LayerPath(name, tuple(layer.active_adapters), "plain", "-", (), f"{type(layer).__name__} has no ops yet")
-    adapters = tuple(a for a in layer.active_adapters if a in layer.r)
+    available = layer._get_available_adapters()
+    adapters = tuple(a for a in layer.active_adapters if a in available)
     if layer.disable_adapters:
         return LayerPath(name, adapters, "base", "-", (), "adapters are disabled")
     if layer.merged:
         return LayerPath(name, tuple(layer.merged_adapters), "base", "-", (), "merged into the base weight")
     if not adapters:
         return LayerPath(name, (), "base", "-", (), "no active adapter on this layer")
-    path, why = path_of(layer, adapters)
+    shares: tuple[str, ...] = ()
+    if isinstance(layer, IA3Layer):
+        path, why = layer.path()
+    else:
+        path, why = path_of(layer, adapters)
+        shares = sharing_siblings(layer)
     weight = layer.get_base_layer().weight
     backend = "-" if path == "plain" else "triton" if _runs_triton(weight) else "torch"
-    return LayerPath(name, adapters, path, backend, sharing_siblings(layer), why)
+    return LayerPath(name, adapters, path, backend, shares, why)
 
 
 def _runs_triton(weight: torch.Tensor) -> bool:

@@ -29,6 +29,8 @@ _THEIR_MODULE = {"fastpeft.utils.auxiliary": "peft.utils.other"}
 # Their abstract classes and, under the same path, ours.
 _ABSTRACT = {
     "tuners.tuners_utils": ("BaseTuner", "BaseTunerLayer"),
+    "tuners.ia3": ("IA3Model",),
+    "tuners.ia3.layer": ("IA3Layer", "Linear"),
     "tuners.lora": ("LoraModel",),
     "tuners.lora.layer": ("LoraLayer", "Linear", "Embedding"),
 }

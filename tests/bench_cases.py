@@ -4,7 +4,7 @@ import dataclasses
 
 import peft
 
-from fastpeft.benchmark import compiled, gpu, groups, host, layer, model, roofline
+from fastpeft.benchmark import compiled, gpu, groups, host, ia3, layer, model, roofline
 from fastpeft.benchmark.cases import Case, Effort
 from fastpeft.benchmark.libraries import OURS, REFERENCE
 
@@ -26,6 +26,8 @@ def tiny(case: Case) -> Case:
         return dataclasses.replace(case, size=32, M=16, r=4)
     if isinstance(case, gpu.LlamaLayerCase):
         return dataclasses.replace(case, M=16, hidden=32, kv=16, intermediate=48, r=4)
+    if isinstance(case, ia3.IA3Case):
+        return dataclasses.replace(case, M=16, K=32, N=24)
     if isinstance(case, layer.LayerCase):
         return dataclasses.replace(case, M=min(case.M, 16), K=32, N=24, r=4)
     assert isinstance(case, model.ModelCase)

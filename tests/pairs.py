@@ -35,13 +35,13 @@ class Pair(NamedTuple):
                 results.append(model(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
         return results[0], results[1]
 
-    def add_adapter(self, name: str, seed: int = 5, **options: Any) -> None:
+    def add_adapter(self, name: str, seed: int = 5, method: str = "LoraConfig", **options: Any) -> None:
         """Add a second adapter of the same config to both."""
         for model, library in zip(self, (peft, fastpeft), strict=True):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.manual_seed(seed)
-                model.add_adapter(name, library.LoraConfig(**copy.deepcopy(options)))
+                model.add_adapter(name, getattr(library, method)(**copy.deepcopy(options)))
 
 
 def pair(
@@ -50,6 +50,7 @@ def pair(
     seed: int = 3,
     overrides: dict[str, Any] | None = None,
     autocast: bool = True,
+    method: str = "LoraConfig",
     **options: Any,
 ) -> Pair:
     """Both libraries' PeftModel around the tiny model of a family.
@@ -58,18 +59,20 @@ def pair(
         seed: of the adapter; the base model's is always 0.
         overrides: of the base model's config.
         autocast: `autocast_adapter_dtype` of get_peft_model.
-        options: of LoraConfig; target_modules and task_type are the family's unless given.
+        method: the config class, under the name that both libraries have for it.
+        options: of the config; task_type, and for LoRA target_modules, are the family's unless given.
     """
     # reference PEFT 0.21's class for seq2seq models looks for a method that transformers 5.23 no longer has
     task_type = None if family == "t5" else models.TASK_TYPES[family]
-    options = {"target_modules": models.TARGETS[family], "task_type": task_type, "r": 4} | options
+    defaults = {"target_modules": models.TARGETS[family], "r": 4} if method == "LoraConfig" else {}
+    options = {"task_type": task_type} | defaults | options
     both = []
     for library in (peft, fastpeft):
         base = models.build(family, dtype, **(overrides or {}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
-            config = library.LoraConfig(**copy.deepcopy(options))
+            config = getattr(library, method)(**copy.deepcopy(options))
             both.append(library.get_peft_model(base, config, autocast_adapter_dtype=autocast))
     return Pair(*both)
 

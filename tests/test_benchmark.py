@@ -11,7 +11,7 @@ from bench_cases import CEILINGS, ITSELF, ONCE, TINY_LLAMA, tiny
 from torch import nn
 
 from fastpeft import benchmark
-from fastpeft.benchmark import environment, gpu, host, layer, libraries, model, records, scaling
+from fastpeft.benchmark import environment, gpu, host, ia3, layer, libraries, model, records, scaling
 from fastpeft.benchmark.cases import Result, measure
 from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
 from fastpeft.benchmark.memory import saved_bytes
@@ -128,6 +128,16 @@ def test_gradient_error_is_rounding_for_a_right_layer_and_large_for_a_wrong_one(
     wrong = case.layers({REFERENCE: peft})[REFERENCE]
     wrong.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
     assert case._errors(wrong)["lora_A"] == pytest.approx(0.01, rel=0.1)
+
+
+def test_ia3_layers_of_reference_peft_keep_what_the_tables_say():
+    """bf16 base, fp32 vector: the input in fp32 (4MK), the base's output as it is (2MN), and a copy of the vector."""
+    for feedforward, kept in ((True, 4 * 16 * 32 + 4 * 32), (False, 2 * 16 * 24 + 4 * 24)):
+        facts = ia3.IA3Case(M=16, K=32, N=24, dtype="bf16", feedforward=feedforward).facts(ITSELF)
+        assert facts[REFERENCE]["saved"]["own"] == kept
+        assert facts[ia3.FROZEN]["saved"]["own"] == 0
+        assert facts[OURS] == facts[REFERENCE]
+        assert 0 < facts[OURS]["gradient_error"]["ia3_l"] < 1e-2
 
 
 def test_a_step_of_training_moves_the_adapters_alone():

@@ -47,7 +47,7 @@ def test_submodules_are_reachable_from_the_package():
 def test_a_name_of_peft_that_is_not_built_yet_says_so():
     with pytest.raises(AttributeError, match=r"fastpeft\.PeftMixedModel is not supported yet"):
         fastpeft.PeftMixedModel  # noqa: B018
-    done = subprocess.run([sys.executable, "-c", "from fastpeft import IA3Config"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "from fastpeft import OFTConfig"], capture_output=True, text=True)
     assert "ImportError" in done.stderr
     with pytest.raises(AttributeError, match="no attribute 'NoSuchThing'"):
         fastpeft.NoSuchThing  # noqa: B018

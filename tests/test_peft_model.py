@@ -398,8 +398,8 @@ def test_get_peft_config():
     assert config.r == 3
     with pytest.raises(ValueError, match="peft_type"):
         get_peft_config({"r": 3})
-    with pytest.raises(NotImplementedError, match="IA3"):
-        get_peft_config({"peft_type": "IA3"})
+    with pytest.raises(NotImplementedError, match="OFT"):
+        get_peft_config({"peft_type": "OFT"})
 
 
 def test_inject_adapter_in_model_returns_the_model_itself():

@@ -9,6 +9,7 @@ from fastpeft.config import PeftConfig
 from fastpeft.utils import peft_types
 from fastpeft.utils.peft_types import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
     PeftType,
@@ -38,16 +39,18 @@ def test_names_are_those_of_reference_peft():
     assert PeftType.LORA == "LORA"
 
 
-@pytest.mark.parametrize("name", ["LORA", PeftType.LORA], ids=["string", "enum"])
+@pytest.mark.parametrize("name", ["LORA", PeftType.LORA, "IA3", PeftType.IA3], ids=repr)
 def test_a_method_is_found_by_name_and_by_member(name):
-    from fastpeft.tuners.lora.config import LoraConfig
-    from fastpeft.tuners.lora.model import LoraModel
+    from fastpeft.tuners.ia3 import IA3Config, IA3Model
+    from fastpeft.tuners.lora import LoraConfig, LoraModel
 
+    config, tuner = {"LORA": (LoraConfig, LoraModel), "IA3": (IA3Config, IA3Model)}[name]
     assert name in PEFT_TYPE_TO_CONFIG_MAPPING
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[name] is LoraConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING[name] is LoraModel
-    assert PEFT_TYPE_TO_PREFIX_MAPPING[name] == LoraModel.prefix
-    assert list(PEFT_TYPE_TO_CONFIG_MAPPING.values()) == [LoraConfig]
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[name] is config
+    assert PEFT_TYPE_TO_TUNER_MAPPING[name] is tuner
+    assert PEFT_TYPE_TO_MIXED_MODEL_MAPPING[name] is tuner
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[name] == tuner.prefix
+    assert set(PEFT_TYPE_TO_CONFIG_MAPPING.values()) == {LoraConfig, IA3Config}
 
 
 def test_a_table_imports_nothing_until_it_is_read():
@@ -59,7 +62,7 @@ def test_a_table_imports_nothing_until_it_is_read():
 
 
 def test_a_method_that_is_not_built_says_so():
-    with pytest.raises(UnsupportedMethodError, match="ADALORA is not supported yet: this release builds LORA"):
+    with pytest.raises(UnsupportedMethodError, match="ADALORA is not supported yet: this release builds IA3, LORA"):
         PEFT_TYPE_TO_CONFIG_MAPPING["ADALORA"]
     with pytest.raises(KeyError):  # as reference PEFT's dicts do
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.ADALORA]
@@ -75,19 +78,19 @@ def test_an_unknown_method_says_which_there_are(name):
 
 
 def test_register(tables):
-    class Ia3Config(PeftConfig):
+    class OftConfig(PeftConfig):
         pass
 
-    class Ia3Model:
-        prefix = "ia3_"
+    class OftModel:
+        prefix = "oft_"
 
-    register_peft_method(name="ia3", config_cls=Ia3Config, model_cls=Ia3Model, is_mixed_compatible=True)
-    assert tables.PEFT_TYPE_TO_CONFIG_MAPPING["IA3"] is Ia3Config
-    assert tables.PEFT_TYPE_TO_TUNER_MAPPING["IA3"] is Ia3Model
-    assert tables.PEFT_TYPE_TO_MIXED_MODEL_MAPPING["IA3"] is Ia3Model
-    assert tables.PEFT_TYPE_TO_PREFIX_MAPPING["IA3"] == "ia3_"
+    register_peft_method(name="oft", config_cls=OftConfig, model_cls=OftModel, is_mixed_compatible=True)
+    assert tables.PEFT_TYPE_TO_CONFIG_MAPPING["OFT"] is OftConfig
+    assert tables.PEFT_TYPE_TO_TUNER_MAPPING["OFT"] is OftModel
+    assert tables.PEFT_TYPE_TO_MIXED_MODEL_MAPPING["OFT"] is OftModel
+    assert tables.PEFT_TYPE_TO_PREFIX_MAPPING["OFT"] == "oft_"
     with pytest.raises(KeyError, match="already registered"):
-        register_peft_method(name="ia3", config_cls=Ia3Config, model_cls=Ia3Model)
+        register_peft_method(name="oft", config_cls=OftConfig, model_cls=OftModel)
 
 
 def test_register_by_path(tables):
@@ -99,11 +102,11 @@ def test_register_by_path(tables):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"name": "IA3"}, ValueError, "lower case"),
+        ({"name": "OFT"}, ValueError, "lower case"),
         ({"name": "no_such"}, ValueError, "one of the PEFT types"),
         ({"name": "lora"}, KeyError, "already registered"),
-        ({"name": "ia3", "prefix": "lora_"}, KeyError, "belongs to another"),
-        ({"name": "ia3", "model_cls": type("M", (), {"prefix": "other_"})}, ValueError, "must be equal"),
+        ({"name": "oft", "prefix": "lora_"}, KeyError, "belongs to another"),
+        ({"name": "oft", "model_cls": type("M", (), {"prefix": "other_"})}, ValueError, "must be equal"),
     ],
 )
 def test_register_refuses(tables, arguments, error, message):

@@ -8,18 +8,32 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpeft.benchmark import compiled, environment, fresh, gpu, groups, host, layer, model, peers, roofline, scaling
+from fastpeft.benchmark import (
+    compiled,
+    environment,
+    fresh,
+    gpu,
+    groups,
+    host,
+    ia3,
+    layer,
+    model,
+    peers,
+    roofline,
+    scaling,
+)
 from fastpeft.benchmark.cases import QUICK, Case, Effort, Libraries, Result, measure, predicted
 from fastpeft.benchmark.libraries import available
 from fastpeft.benchmark.memory import SavedBytes, saved_bytes
 from fastpeft.benchmark.report import Report
 from fastpeft.benchmark.timing import Spread, Timing, interleave, torch_threads, wall_clock
 
-# Name -> cases(quick, device). The first ten run anywhere, the others are tables of a large GPU.
+# Name -> cases(quick, device). The first eleven run anywhere, the others are tables of a large GPU.
 SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "layer": layer.layer_cases,
     "groups": groups.group_cases,
     "host": host.host_cases,
+    "ia3": ia3.ia3_cases,
     "saved": layer.saved_cases,
     "model": model.model_cases,
     "saved-model": model.saved_model_cases,

@@ -48,6 +48,7 @@ def bench(
     Suites for any machine (all of them take some 20 minutes on one CPU core, --quick some 5):
       layer           one LoRA linear, forward and backward
       groups          q/k/v and gate/up: linears that share their input
+      ia3             one IA3 linear: its time, and the bytes it keeps
       host            one token without gradients: what Python and dispatch cost
       saved           bytes that a layer keeps for backward
       model           a training step of a small Llama, also under bf16 autocast

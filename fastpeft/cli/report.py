@@ -13,7 +13,11 @@ from fastpeft.cli.models import adapter_config
 # The two halves of one low-rank update, by the name of their tensors; the product B A has the shape of the weight.
 HALVES = re.compile(r"^(?P<layer>.*)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?$")
 PREFIX = "base_model.model."
-QUIET = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
+VECTOR = ".ia3_l"  # what the name of an IA3 vector ends in
+QUIET = (
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save",
+    "feedforward_modules",
+)  # fmt: skip
 
 
 def describe(adapter: str) -> dict[str, Any]:
@@ -100,9 +104,11 @@ def scaling_of(layer: str, rank: int, config: dict[str, Any]) -> float:
 
 
 def plain_row(name: str, value: Any) -> dict[str, Any]:
+    """One row a tensor that is no half of a low-rank update. The update of an IA3 vector is its distance from one."""
+    update = value.double() - 1 if name.endswith(VECTOR) else value.double()
     return {
-        "layer": name.removeprefix(PREFIX), "count": 1, "shape": list(value.shape), "rank": None, "scaling": None,
-        "parameters": value.numel(), "norm": value.double().norm().item(),
+        "layer": name.removeprefix(PREFIX).removesuffix(VECTOR), "count": 1, "shape": list(value.shape), "rank": None,
+        "scaling": None, "parameters": value.numel(), "norm": update.norm().item(),
     }  # fmt: skip
 
 

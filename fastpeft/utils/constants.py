@@ -62,6 +62,68 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] =
     "xlm-roberta": ["query", "value"],
 }
 
+# The same for IA3 ...
+TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING: dict[str, list[str] | str] = {
+    "bart": ["q_proj", "v_proj", "fc2"],
+    "bert": ["key", "value", "output.dense"],
+    "bloom": ["query_key_value", "mlp.dense_4h_to_h"],
+    "deberta": ["in_proj", "output.dense"],
+    "deberta-v2": ["key_proj", "value_proj", "output.dense"],
+    "falcon": ["query_key_value", "dense_4h_to_h"],
+    "gemma": ["q_proj", "v_proj", "down_proj"],
+    "gemma2": ["q_proj", "v_proj", "down_proj"],
+    "gemma3_text": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "gpt_bigcode": ["c_attn", "mlp.c_proj"],
+    "gpt_neo": ["q_proj", "v_proj", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "gptj": ["q_proj", "v_proj", "fc_out"],
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "llama4": ["q_proj", "v_proj", "down_proj"],
+    "mistral": ["k_proj", "v_proj", "down_proj"],
+    "mixtral": ["k_proj", "v_proj", "w2"],
+    "mt5": ["k", "v", "wi_1"],
+    "opt": ["q_proj", "k_proj", "fc2"],
+    "phi": ["q_proj", "v_proj", "fc2"],
+    "qwen2": ["q_proj", "v_proj", "down_proj"],
+    "qwen3": ["q_proj", "v_proj", "down_proj"],
+    "RefinedWeb": ["query_key_value", "dense_4h_to_h"],
+    "RefinedWebModel": ["query_key_value", "dense_4h_to_h"],
+    "roberta": ["key", "value", "output.dense"],
+    "t5": ["k", "v", "wo"],
+}
+
+# ... and those of its targets whose input it scales.
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING: dict[str, list[str]] = {
+    "bart": ["fc2"],
+    "bert": ["output.dense"],
+    "bloom": ["mlp.dense_4h_to_h"],
+    "deberta": ["output.dense"],
+    "deberta-v2": ["output.dense"],
+    "falcon": ["dense_4h_to_h"],
+    "gemma": ["down_proj"],
+    "gemma2": ["down_proj"],
+    "gemma3_text": ["down_proj"],
+    "gpt2": ["mlp.c_proj"],
+    "gpt_bigcode": ["mlp.c_proj"],
+    "gpt_neo": ["c_proj"],
+    "gpt_neox": ["dense_4h_to_h"],
+    "gptj": ["fc_out"],
+    "llama": ["down_proj"],
+    "llama4": ["down_proj"],
+    "mistral": ["down_proj"],
+    "mixtral": ["w2"],
+    "mt5": [],
+    "opt": ["fc2"],
+    "phi": ["fc2"],
+    "qwen2": ["down_proj"],
+    "qwen3": ["down_proj"],
+    "RefinedWeb": ["dense_4h_to_h"],
+    "RefinedWebModel": ["dense_4h_to_h"],
+    "roberta": ["output.dense"],
+    "t5": ["wo"],
+}
+
 # State-space models read these modules' weights themselves, so an adapter around one would be bypassed.
 MAMBA_MODEL_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 MAMBA_INCOMPATIBLE_MODULES = frozenset({"conv1d", "out_proj"})

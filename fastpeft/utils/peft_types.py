@@ -124,10 +124,19 @@ def _as_peft_type(name: PeftType | str) -> PeftType:
         ) from None
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING = MethodTable({PeftType.LORA: "fastpeft.tuners.lora.config:LoraConfig"})
-PEFT_TYPE_TO_TUNER_MAPPING = MethodTable({PeftType.LORA: "fastpeft.tuners.lora.model:LoraModel"})
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING = MethodTable({PeftType.LORA: "fastpeft.tuners.lora.model:LoraModel"})
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: "lora_"}
+PEFT_TYPE_TO_CONFIG_MAPPING = MethodTable(
+    {
+        PeftType.IA3: "fastpeft.tuners.ia3.config:IA3Config",
+        PeftType.LORA: "fastpeft.tuners.lora.config:LoraConfig",
+    }
+)
+_TUNERS: dict[PeftType, Any] = {
+    PeftType.IA3: "fastpeft.tuners.ia3.model:IA3Model",
+    PeftType.LORA: "fastpeft.tuners.lora.model:LoraModel",
+}
+PEFT_TYPE_TO_TUNER_MAPPING = MethodTable(dict(_TUNERS))
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = MethodTable(dict(_TUNERS))
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.IA3: "ia3_", PeftType.LORA: "lora_"}
 
 
 def register_peft_method(

@@ -4,6 +4,7 @@ from fastpeft_kernels.dispatch import Backend, backend, current_backend
 from fastpeft_kernels.dropout import dropout
 from fastpeft_kernels.lora import lora_add, lora_linear
 from fastpeft_kernels.lora_group import LoraOperands, lora_group
+from fastpeft_kernels.scale import scale_columns, scale_linear
 
 __all__ = [
     "Backend",
@@ -14,4 +15,6 @@ __all__ = [
     "lora_add",
     "lora_group",
     "lora_linear",
+    "scale_columns",
+    "scale_linear",
 ]

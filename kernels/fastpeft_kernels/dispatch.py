@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -87,3 +87,9 @@ def use_triton(x: Tensor, other: Tensor | None = None) -> bool:
     if has_float64:
         raise RuntimeError('backend "triton" has no kernels for float64: take backend "auto" or "torch"')
     return True
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast off on x's device: a backward pass may be called inside a block of autocast, and has cast already."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()

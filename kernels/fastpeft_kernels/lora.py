@@ -8,7 +8,6 @@ the base product (4MN), dS and dB read dout (4MN), dA reads x (2MK), dx's low-ra
 8MK + 8MN, and MK/8 for each of draw, S, dA and dx with dropout.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference
-from fastpeft_kernels.dispatch import use_triton
+from fastpeft_kernels.dispatch import no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
 from fastpeft_kernels.low_rank import FEW_ROWS
 
@@ -112,11 +111,6 @@ def autocast_operands(x: Tensor, *others: Any) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 
-def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    on = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
-
-
 def check_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
     _check_pair(x, A, B, N=W.shape[0])
     if W.ndim != 2 or W.shape[1] != x.shape[-1] or W.dtype != x.dtype:
@@ -167,7 +161,7 @@ def _run_linear_backward(
     scale: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with no_autocast(x):  # backward may be called inside a block of autocast
+    with no_autocast(x):
         if use_triton(x):
             from fastpeft_kernels.gpu import lora as gpu
 

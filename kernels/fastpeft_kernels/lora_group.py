@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference
-from fastpeft_kernels.dispatch import use_triton
+from fastpeft_kernels.dispatch import no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
-from fastpeft_kernels.lora import autocast_operands, check_linear, inferring_few, no_autocast
+from fastpeft_kernels.lora import autocast_operands, check_linear, inferring_few
 
 
 class LoraOperands(NamedTuple):
@@ -115,7 +115,7 @@ def _run_group_backward(
     need_dx: bool,
 ) -> list[Tensor]:
     """[dx, dA_1, dA_2, ..., dB_1, dB_2, ...]; S may be a slice of columns."""
-    with no_autocast(x):  # backward may be called inside a block of autocast
+    with no_autocast(x):
         if use_triton(x):
             from fastpeft_kernels.gpu import lora_group as gpu
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fastpeft import PeftModel
+from fastpeft import IA3Config, PeftModel, get_peft_model
 from fastpeft.cli.report import product_norm
 from fastpeft.demo import BASE
 
@@ -104,6 +104,24 @@ def test_inspect_counts_ranks_and_norms(cli, adapter):
     grouped = json.loads(cli("inspect", adapter, "--json").out)["layers"]
     assert len(grouped) == 7
     assert sum(r["parameters"] for r in grouped) == report["parameters"]
+
+
+def test_inspect_of_ia3_counts_how_far_the_vectors_are_from_one(cli, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "new")
+    report = json.loads(cli("inspect", tmp_path / "new", "--base", BASE, "--json", "--layers").out)
+    assert report["method"] == "IA3"
+    assert report["misfits"] == []
+    assert report["options"]["feedforward_modules"] == ["down_proj"]
+    assert report["warnings"] == ["every update is zero: the adapter changes nothing yet"]
+    vectors = {name: p for name, p in model.named_parameters() if "down_proj.ia3_l" in name}
+    next(iter(vectors.values())).data[0, :4] = 2.0
+    model.save_pretrained(tmp_path / "trained")
+    report = json.loads(cli("inspect", tmp_path / "trained", "--json", "--layers").out)
+    row = next(r for r in report["layers"] if r["layer"] == "model.layers.0.mlp.down_proj")
+    assert row["norm"] == 2.0
+    assert row["shape"] == [1, base.config.intermediate_size]
 
 
 def test_product_norm_without_the_product():

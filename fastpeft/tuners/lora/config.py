@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from fastpeft.config import PeftConfig, PeftConfigMixin
+from fastpeft.config import PeftConfig, PeftConfigMixin, as_module_names
 from fastpeft.utils.peft_types import PeftType
 
 # Declared, read from files and written to files, but not built: a value away from the default raises.
@@ -123,8 +123,8 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
-        self.target_modules = _as_set("target_modules", self.target_modules)
-        self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
+        self.target_modules = as_module_names("target_modules", self.target_modules)
+        self.exclude_modules = as_module_names("exclude_modules", self.exclude_modules)
         self.check()
 
     def check(self) -> None:
@@ -209,14 +209,6 @@ class LoraConfig(PeftConfig):
 
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-
-
-def _as_set(name: str, modules: Any) -> set[str] | str | None:
-    if modules is None or isinstance(modules, str):
-        return modules
-    if not isinstance(modules, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in modules):
-        raise TypeError(f"{name} must be a list of module names, one regular expression, or None; got {modules!r}")
-    return set(modules)
 
 
 def _entries(name: str, pattern: Any) -> dict[str, Any]:

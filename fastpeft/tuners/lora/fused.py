@@ -4,10 +4,7 @@
     added   the base module runs as it is, one op adds the low-rank part onto its output
     plain   the base module, then lora_dropout, lora_A and lora_B as modules
 
-Calling a module runs whatever others hung on it: hooks, offloading, a replaced forward. A path that reads a module's
-weight instead must first see that nothing hangs there: wrong numbers would come out finite. The checks run on every
-forward, because hooks come and go; nothing is remembered. They read the modules' own tables: nn.Module's attribute
-look-up, thirty times a forward, would cost as much as the products of a single row.
+When is in fastpeft.tuners.eligibility: what others hung on a module must run, so a path that goes past it looks first.
 """
 
 from collections.abc import Sequence
@@ -15,13 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
+from fastpeft.tuners.eligibility import base_parts, is_ordinary, plain_weight, watched, watched_everywhere
 from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
 from fastpeft_kernels import LoraOperands, lora_add, lora_group, lora_linear
-
-_LINEAR_FORWARD = nn.Linear.forward
 
 
 def adapter_parts(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | str:
@@ -38,65 +32,17 @@ def adapter_parts(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | st
     kind = type(dropout)
     if kind is not nn.Identity and kind is not nn.Dropout:
         return f"lora_dropout is a {kind.__name__}"
-    a, b = _plain_weight("lora_A", A), _plain_weight("lora_B", B)
+    a, b = plain_weight("lora_A", A), plain_weight("lora_B", B)
     if isinstance(a, str):
         return a
     if isinstance(b, str):
         return b
     if a.dtype != b.dtype:
         return "lora_A and lora_B differ in dtype"
-    watched = (
-        _watched_everywhere() or _watched("lora_A", A) or _watched("lora_B", B) or _watched("lora_dropout", dropout)
-    )
-    if watched is not None:
-        return watched
+    by = watched_everywhere() or watched("lora_A", A) or watched("lora_B", B) or watched("lora_dropout", dropout)
+    if by is not None:
+        return by
     return a, b, dropout.p if kind is nn.Dropout and dropout.training else 0.0
-
-
-def base_parts(layer: Any) -> tuple[Tensor, Tensor | None] | str:
-    """(weight, bias) of the base layer, for an op that owns the base product; or why the module must be called."""
-    base = layer._modules["base_layer"]
-    weight = _plain_weight("the base layer", base)
-    if isinstance(weight, str):
-        return weight
-    if weight.requires_grad:
-        return "the base weight is trained"
-    bias = base._parameters["bias"]
-    if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != weight.dtype):
-        return "the base bias is no Parameter of the weight's dtype"
-    watched = _watched_everywhere() or _watched("the base layer", base)
-    return (weight, bias) if watched is None else watched
-
-
-def _plain_weight(name: str, module: nn.Module) -> Tensor | str:
-    """Subclasses of Linear (quantised ones) and of Tensor inside a Linear (quantisers, sharding) compute otherwise."""
-    if type(module) is not nn.Linear:
-        return f"{name} is a {type(module).__name__}, not exactly torch.nn.Linear"
-    weight = module._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
-        return f"the weight of {name} is a {type(getattr(module, 'weight', None)).__name__}"
-    return f"the weight of {name} is on the meta device" if weight.is_meta else weight
-
-
-def _watched_everywhere() -> str | None:
-    """Who would notice that any module was not called."""
-    if (
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    ):
-        return "a global module hook is registered"
-    if nn.Linear.forward is not _LINEAR_FORWARD:
-        return "the forward of torch.nn.Linear was replaced"
-    return None
-
-
-def _watched(name: str, module: nn.Module) -> str | None:
-    """Who would notice that this module was not called."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"a hook is registered on {name}"
-    return f"the forward of {name} was replaced" if "forward" in module.__dict__ else None
 
 
 def fused_operands(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype, autocast: bool) -> LoraOperands | str:
@@ -138,18 +84,6 @@ def fused_operands(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype, au
     return LoraOperands(W, bias, A, B, 1.0)
 
 
-def _ordinary(x: Tensor) -> bool:
-    """Not a tensor subclass, not inside a functional transform, not on its way to a portable graph."""
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0  # the ops have no forward-mode derivative
-    )
-
-
 def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | None:
     """Base product and adapters in one op: (..., N) in x's dtype. None where that op is not the right one.
 
@@ -161,7 +95,7 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
         out = group.take(name, x)
         if out is not None:
             return out
-    if not _ordinary(x):
+    if not is_ordinary(x):
         return None
     autocast = torch.is_autocast_enabled(x.device.type)
     operands = fused_operands(layer, adapters, x.dtype, autocast)
@@ -192,7 +126,7 @@ def _sharing(
 
 def add_low_rank(layer: Any, adapter: str, out: Tensor, x: Tensor) -> Tensor:
     """out + scaling · drop(x) Aᵀ Bᵀ: by the op, in out's dtype; or by the modules, in the wider of both dtypes."""
-    parts = adapter_parts(layer, adapter) if _ordinary(x) and _ordinary(out) else "not an ordinary tensor"
+    parts = adapter_parts(layer, adapter) if is_ordinary(x) and is_ordinary(out) else "not an ordinary tensor"
     if isinstance(parts, str):
         return out + layer.base.low_rank(layer, adapter, x)
     A, B, p = parts
