@@ -10,8 +10,8 @@ and leaves them as one fp32 plane; dS of its strip alone goes to a plane as well
 Bytes of planes, written and read, for bands of R rows and strips of C columns: 8r MN / C of dS and 8r MN / R of dB in
 the output pass, 8r MK / R of dA in the input pass. With whole rows in one program dS would need no planes, but then a
 band can be no longer than a block of registers (R = 64) and dB costs 8r MN / 64; with the strip alone, dS costs
-8r MN / C once and R is as long as the GPU can do with. At M = 8192, K = N = 4096, r = 16 (C = 128, R = 512 for the
-output pass, R = 1024 for the input pass) that is 34 + 8 + 4 MB beside the 470 MB of 8MK + 6MN: 10 %.
+8r MN / C once and R is as long as the GPU can do with. At M = 8192, K = N = 4096, r = 16 (C = 128, R = 512) that is
+34 + 8 MB, and 8 MB or less for dA, beside the 470 MB of 8MK + 6MN: 11 %.
 """
 
 import torch

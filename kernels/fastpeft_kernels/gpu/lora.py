@@ -3,8 +3,9 @@
 The base products are the vendor library's: the low-rank part is written first, as the C operand, and the library
 accumulates onto it (beta = 1), so that reading C hides in its epilogue.
 
-Launches beside the base product, no dropout: shrink and expand forward; output pass, sum of its planes, input pass, sum
-of the planes of dA and dB backward.
+Launches beside the base product, no dropout: shrink and expand forward; output pass, sum of dS's planes, input pass,
+sum of the planes of dA and dB backward. Bytes, forward + backward, 16-bit x: 8MK + 6MN, 3MK/8 more with dropout, and
+planes (tests/kernels/test_budget.py). Ranks over 16 read dout twice (8MN), at no more bytes than the planes would take.
 """
 
 from collections.abc import Iterator
@@ -96,9 +97,7 @@ def _cases(
             dot_rows=t.BLOCK_C if kernel == "outer" else t.BLOCK_M,
         )  # fmt: skip
         yield case
-        if (
-            kernel in FUSED_TILES and t.BLOCK_R == 16
-        ):  # nearly full: with ranks of no multiple of 16, too
+        if kernel in FUSED_TILES and t.BLOCK_R == 16:  # nearly full: with ranks of no multiple of 16, too
             yield replace(case, name=f"{case.name}-r8", unaligned=("r", "stride_bn"))
 
 
