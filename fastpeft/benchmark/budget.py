@@ -107,8 +107,9 @@ def predict(M: int, K: int, N: int, r: int = 16, dropout: float = 0.0, adapters:
         ValueError: the rank is over 16, where the probes are not the formula's only terms, or there are too few rows.
         RuntimeError: the probes moved what the formula does not give.
     """
-    if not 0 < r <= 16 or M < PROBES[0][0]:
-        raise ValueError(f"bytes are predicted for ranks of 1 to 16 and {PROBES[0][0]} rows or more; got r={r}, M={M}")
+    fewest = PROBES[0][0]
+    if not (0 < r <= 16 and fewest <= M):
+        raise ValueError(f"bytes are predicted for ranks of 1 to 16 and {fewest} rows or more; got r={r}, M={M}")
     counted = [by_kind(*count(*probe, r, dropout, adapters)) for probe in PROBES]
     wide = _solve([(m * k, m * n) for m, k, n in PROBES], [c.wide for c in counted], (M * K, M * N))
     factors = _solve([(m, k, n) for m, k, n in PROBES], [c.factors for c in counted], (M, K, N))
