@@ -76,7 +76,13 @@ def product_for(a, b, acc, dtype: tl.constexpr):
 
 
 @triton.jit
-def keep(x, mask_ptr, stride_mask, offs_m, offs_c, inside):
-    """x where the packed mask has a 1, else 0: word w of a row holds columns 32 w to 32 w + 31."""
+def kept(mask_ptr, stride_mask, offs_m, offs_c, inside):
+    """Where the packed mask has a 1: word w of a row holds columns 32 w to 32 w + 31."""
     words = tl.load(mask_ptr + offs_m[:, None] * stride_mask + (offs_c // 32)[None, :], mask=inside, other=0)
-    return tl.where((words >> (offs_c % 32)[None, :]) & 1 != 0, x, tl.zeros_like(x))
+    return (words >> (offs_c % 32)[None, :]) & 1 != 0
+
+
+@triton.jit
+def keep(x, mask_ptr, stride_mask, offs_m, offs_c, inside):
+    """x where the packed mask has a 1, else 0."""
+    return tl.where(kept(mask_ptr, stride_mask, offs_m, offs_c, inside), x, tl.zeros_like(x))
