@@ -1,5 +1,6 @@
 """The compile checks see what they are there to see: a fault in each example kernel, and none in the good one."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def test_shared_memory_is_counted(examples):
 
 def test_missing_matrix_instructions_are_seen(examples):
     assert "not on the matrix units" in complaints(examples, "no-matrix", 90)
+
+
+def test_loads_past_the_bulk_copy_engine_are_seen(examples):
+    case = dataclasses.replace(CASES["dots/good"], uses_bulk_copies=True)
+    cost = examples.compile("dots/good", "cuda:90")
+    assert "bulk copy engine" in cost.complaints(case, 90)[0]
+    assert dataclasses.replace(cost, bulk_copies=2).complaints(case, 90) == []
+
+
+def test_tensor_memory_is_counted(examples):
+    cost = examples.compile("dots/good", "cuda:100")
+    assert 0 < cost.tensor_memory <= 512
+    assert "columns of tensor memory" in dataclasses.replace(cost, tensor_memory=640).complaints(
+        CASES["dots/good"], 100
+    )[0]  # fmt: skip
 
 
 def test_compiler_errors_are_reported_and_survived(examples):
