@@ -1,7 +1,17 @@
 """Fused ops of fastpeft: each with a plain-torch reference, a Triton kernel, a custom op and its gradient."""
 
-from fastpeft_kernels.dispatch import Backend, backend, current_backend
+from fastpeft_kernels.dispatch import Backend, Product, backend, current_backend, current_product, product
 from fastpeft_kernels.dropout import dropout
 from fastpeft_kernels.lora import lora_add, lora_linear
 
-__all__ = ["Backend", "backend", "current_backend", "dropout", "lora_add", "lora_linear"]
+__all__ = [
+    "Backend",
+    "Product",
+    "backend",
+    "current_backend",
+    "current_product",
+    "dropout",
+    "lora_add",
+    "lora_linear",
+    "product",
+]

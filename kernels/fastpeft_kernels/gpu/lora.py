@@ -5,7 +5,8 @@
     outer    Sᵀ drop(x)                  one pass over x, planes of partial sums over rows, no atomics
 
 The base products are the vendor library's: the low-rank part is written first, as the C operand, and the library
-accumulates onto it (beta = 1), so that reading C hides in its epilogue.
+accumulates onto it (beta = 1), so that reading C hides in its epilogue. Or they are our own, with the low-rank part in
+the epilogue (gpu/linear.py); tiles.py says where.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, round_to
+from fastpeft_kernels.gpu.linear import linear, takes_product
 from fastpeft_kernels.tiles import ROWS_PER_PLANE, SPLIT_K_BELOW, TILES, Kernel, tile
 
 
@@ -167,6 +169,13 @@ def outer(x: Tensor, S: Tensor, mask: Tensor | None, wide_first: bool = False) -
     return partial[0] if planes == 1 else partial.sum(0).to(S.dtype)
 
 
+def base_product(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias + drop(S Bᵀ): (M, N) in x's dtype. The product of dx is that of dout and Wᵀ."""
+    if takes_product(x, W, S):
+        return linear(x, W, bias, S, B, mask)
+    return expand(S, B, x.dtype, bias=bias, mask=mask).addmm_(x, W.t())
+
+
 # The ops, with the signatures of fastpeft_kernels.reference.
 
 
@@ -174,7 +183,7 @@ def lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     S = shrink(x, A, mask, scale)
-    return expand(S, B, x.dtype, bias=bias).addmm_(x, W.t()), S
+    return base_product(x, W, bias, S, B), S
 
 
 def lora_linear_backward(
@@ -188,8 +197,9 @@ def lora_linear_backward(
     scale: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dA, dB = lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
-    return dx.addmm_(dout, W) if need_dx else dx, dA, dB
+    dS, dA, dB = _pair_backward(dout, x, B, S, mask, scale)
+    dx = base_product(dout, W.t(), None, dS, A.t(), mask) if need_dx else x.new_empty(0)
+    return dx, dA, dB
 
 
 def lora_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -200,10 +210,16 @@ def lora_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, 
 def lora_add_backward(
     dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dS = shrink(dout, B.t(), None, scale)
-    dA, dB = outer(x, dS, mask), outer(dout, S, None, wide_first=True)
+    dS, dA, dB = _pair_backward(dout, x, B, S, mask, scale)
     dx = expand(dS, A.t(), x.dtype, mask=mask) if need_dx else x.new_empty(0)
     return dx, dA, dB
+
+
+def _pair_backward(
+    dout: Tensor, x: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dS = shrink(dout, B.t(), None, scale)
+    return dS, outer(x, dS, mask), outer(dout, S, None, wide_first=True)
 
 
 # What the compile tests build: every tile, for every mix of dtypes that the ops accept.
