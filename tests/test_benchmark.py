@@ -156,7 +156,7 @@ def tiny(case: Case) -> Case:
     return dataclasses.replace(case, batch=2, tokens=8, r=4, size=TINY_LLAMA)
 
 
-@pytest.mark.parametrize("suite", benchmark.SUITES)
+@pytest.mark.parametrize("suite", [suite for suite in benchmark.SUITES if suite != "own-gemm"])
 def test_every_suite_runs_in_tiny_shapes_with_what_is_installed(suite, monkeypatch):
     cases = list(benchmark.SUITES[suite](True, "cpu"))
     assert len({case.name for case in cases}) == len(cases)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpeft.benchmark import environment, gpu, layer, model
+from fastpeft.benchmark import environment, gpu, layer, model, own_gemm
 from fastpeft.benchmark.cases import QUICK, Case, Effort, Libraries, Result, measure
 from fastpeft.benchmark.libraries import available
 from fastpeft.benchmark.memory import SavedBytes, saved_bytes
@@ -25,9 +25,10 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "fused-linear-full": gpu.fused_linear_table,
     "llama-layer": gpu.llama_layer_cases,
     "llama-saved": gpu.llama_saved_cases,
+    "own-gemm": own_gemm.own_gemm_cases,
 }
 DEFAULT_SUITES = ("layer", "saved", "model", "saved-model")
-GPU_SUITES = ("llama-layer", "llama-saved", "fused-linear")
+GPU_SUITES = ("llama-layer", "llama-saved", "fused-linear", "own-gemm")
 
 
 def run(

@@ -109,11 +109,15 @@ def product_of(arch: int, M: int, K: int) -> ProductBy:
     return PRODUCTS[arch][sum_class(M, K)] if arch in PRODUCTS else "library"
 
 
-def linear_tile(arch: int, M: int, N: int, r: int, tf32: bool, processors: int) -> LinearTile | None:
-    """The widest tile for this rank that leaves no processor without one, else the narrowest; None where none fits."""
-    fitting = [t for t in LINEAR_TILES.get(arch, ()) if r <= (t.max_rank_tf32 if tf32 else t.max_rank)]
+def linear_tiles(arch: int, r: int, tf32: bool) -> tuple[LinearTile, ...]:
+    """The tiles that take this rank, the widest first."""
+    return tuple(t for t in LINEAR_TILES.get(arch, ()) if r <= (t.max_rank_tf32 if tf32 else t.max_rank))
+
+
+def linear_tile(fitting: tuple[LinearTile, ...], M: int, N: int, processors: int) -> LinearTile:
+    """The widest of these tiles that leaves no processor without one, else the narrowest."""
     for t in fitting:
         tiles = -(-M // t.BLOCK_M) * -(-N // t.BLOCK_N)
         if tiles >= processors:
             return t
-    return fitting[-1] if fitting else None
+    return fitting[-1]

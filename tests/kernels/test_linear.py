@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastpeft_kernels import backend, lora, lora_linear, product, reference, tiles
 from fastpeft_kernels.gpu import linear as gpu
 from fastpeft_kernels.gpu import lora as gpu_lora
-from fastpeft_kernels.tiles import LINEAR_TILES, linear_tile, product_of, sum_class
+from fastpeft_kernels.tiles import LINEAR_TILES, linear_tile, linear_tiles, product_of, sum_class
 
 SHAPES = [(1, 8, 8, 1), (130, 72, 264, 16), (67, 200, 136, 20), (5, 64, 40, 32)]  # M, K, N, r: no multiples of tiles
 DTYPES = [
@@ -213,8 +213,9 @@ def test_table_of_products():
 
 def test_tile_is_the_widest_that_keeps_every_processor_busy():
     wide, narrow = LINEAR_TILES[9]
-    assert linear_tile(9, 8192, 4096, 16, False, 132) == wide
-    assert linear_tile(9, 512, 4096, 16, False, 132) == narrow
-    assert linear_tile(9, 8192, 4096, 32, True, 132) == narrow  # tf32 parts take more registers
-    assert linear_tile(9, 8192, 4096, 65, False, 132) is None
-    assert linear_tile(8, 8192, 4096, 16, False, 132) is None
+    assert linear_tiles(9, 16, tf32=False) == (wide, narrow)
+    assert linear_tiles(9, 32, tf32=True) == (narrow,)  # tf32 parts take more registers
+    assert linear_tiles(9, 65, tf32=False) == linear_tiles(8, 16, tf32=False) == ()
+    assert linear_tile((wide, narrow), 8192, 4096, processors=132) == wide
+    assert linear_tile((wide, narrow), 512, 4096, processors=132) == narrow
+    assert linear_tile((wide, narrow), 1, 8, processors=132) == narrow

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastpeft_kernels.dispatch import current_product, interpreting
 from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._numerics import _dot16, product_for, round_to
-from fastpeft_kernels.tiles import LINEAR_TILES, LinearTile, linear_tile, product_of
+from fastpeft_kernels.tiles import LINEAR_TILES, LinearTile, linear_tile, linear_tiles, product_of
 
 BLOCK_R = 16  # the smallest dot: a rank is cut into blocks of it, so that S and B fit beside the accumulator
 GROUP_M = 8  # rows of tiles that are walked together, so that L2 serves what they share
@@ -161,8 +161,7 @@ def linear(
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    t = tile or _tile(x, W, S)
-    assert t is not None, obstacle(x, W, S)
+    t = tile or linear_tile(tiles_for(x, S), M, N, _processors(x.device))
     w_rows_are_n = W.stride(1) == 1
     w_desc = _descriptor(W, t.BLOCK_N, t.BLOCK_K) if w_rows_are_n else _descriptor(W.t(), t.BLOCK_K, t.BLOCK_N)
     tiles = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N)
@@ -187,10 +186,10 @@ def _rank_blocks(r: int) -> int:
     return int(triton.next_power_of_2(triton.cdiv(r, BLOCK_R)))
 
 
-def _tile(x: Tensor, W: Tensor, S: Tensor) -> LinearTile | None:
-    """fp16 has no range for the parts of an fp32 operand: such products are split in tf32."""
-    tf32 = x.dtype == torch.float16 and S.dtype == torch.float32
-    return linear_tile(_arch(x.device), x.shape[0], W.shape[0], S.shape[1], tf32, _processors(x.device))
+def tiles_for(x: Tensor, S: Tensor) -> tuple[LinearTile, ...]:
+    """The tiles that this kernel may take for x and S; none on other GPUs, and for ranks that fit in none."""
+    tf32 = x.dtype == torch.float16 and S.dtype == torch.float32  # fp16 has no range for the parts of an fp32 operand
+    return linear_tiles(_arch(x.device), S.shape[1], tf32)
 
 
 # Whether this kernel runs.
@@ -220,7 +219,7 @@ def obstacle(x: Tensor, W: Tensor, S: Tensor) -> str | None:
         return f"it needs an NVIDIA GPU of compute capability {known}, this is {_arch_name(x.device)}"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"it needs x in bfloat16 or float16, got {x.dtype}"
-    if _tile(x, W, S) is None:
+    if not tiles_for(x, S):
         return f"no tile of it takes rank {S.shape[1]} with x in {x.dtype} and adapters in {S.dtype}"
     if x.shape[0] == 0 or W.shape[0] == 0:
         return None  # nothing is launched
