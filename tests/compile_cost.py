@@ -41,6 +41,7 @@ class Cost:
     warp_matrix: int  # HMMA: right for dots of fewer than 64 rows
     bulk_copies: int  # UTMALDG: the bulk copy engine
     tensor_memory: int = 0  # columns
+    overlapped: int = 0  # warp-group matrix instructions of 9.0 that follow another one without a wait
 
     def complaints(self, case: Any, capability: int) -> list[str]:
         """What is wrong with `case` compiled for `capability`; empty when nothing is."""
@@ -51,8 +52,10 @@ class Cost:
             found.append(f"needs {self.shared} bytes of shared memory, sm_{capability} has {SHARED_LIMIT[capability]}")
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             found.append(f"needs {self.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
-        if case.uses_bulk_copies and not self.bulk_copies:
+        if case.pipelined and not self.bulk_copies:
             found.append("no UTMALDG: loads do not go through the bulk copy engine")
+        if case.pipelined and capability == 90 and not self.overlapped:
+            found.append("serialised: a wait after each HGMMA, `ptxas -v` on the PTX tells why")
         if case.uses_matrix and not (self.matrix or (case.dot_rows < 64 and self.warp_matrix)):
             found.append(
                 f"no {MATRIX_OP[COMPILED_AS[capability]]} (found {self.warp_matrix} HMMA): not on the matrix units"
@@ -155,6 +158,7 @@ def _compile(case: Any, target: str) -> dict[str, int] | None:
         "matrix": count(MATRIX_OP[int(arch)]),
         "warp_matrix": count("HMMA"),
         "bulk_copies": count("UTMALDG"),
+        "overlapped": len(re.findall(r"HGMMA(?=(?:(?!DEPBAR)[^;]*;)+?[^;]*HGMMA)", sass)),
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
     }
 

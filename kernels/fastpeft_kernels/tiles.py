@@ -77,11 +77,10 @@ class LinearTile:
 
 
 # Major compute capability -> tiles of the own product, the widest first. An architecture that is not here has no own
-# product: 8.x lacks the bulk copy engine, 12.x the matrix instructions of 9.x and 10.x. On 10.x a tile 256 wide does
-# not fit: with two accumulators in flight it takes the 512 columns of tensor memory, and the low-rank part wants some.
+# product: 8.x lacks the bulk copy engine, 12.x the matrix instructions of 9.x and 10.x.
 LINEAR_TILES: dict[int, tuple[LinearTile, ...]] = {
-    9: (LinearTile(128, 256, 64, 4, 8, 4, 64, 16), LinearTile(128, 128, 64, 2, 8, 4, 64, 32)),
-    10: (LinearTile(128, 128, 64, 2, 8, 4, 32, 32),),
+    9: (LinearTile(128, 256, 64, 4, 8, 4, 32, 32), LinearTile(128, 128, 64, 2, 8, 4, 64, 32)),
+    10: (LinearTile(128, 256, 64, 4, 8, 4, 32, 16), LinearTile(128, 128, 64, 2, 8, 4, 64, 32)),
 }
 
 ProductBy = Literal["library", "own"]

@@ -52,11 +52,13 @@ def test_missing_matrix_instructions_are_seen(examples):
     assert "not on the matrix units" in complaints(examples, "no-matrix", 90)
 
 
-def test_loads_past_the_bulk_copy_engine_are_seen(examples):
-    case = dataclasses.replace(CASES["dots/good"], uses_bulk_copies=True)
+def test_a_pipeline_that_is_none_is_seen(examples):
+    case = dataclasses.replace(CASES["dots/good"], pipelined=True)
     cost = examples.compile("dots/good", "cuda:90")
-    assert "bulk copy engine" in cost.complaints(case, 90)[0]
+    assert cost.overlapped > 0  # one step's instructions run on without a wait
+    assert cost.complaints(case, 90) == ["no UTMALDG: loads do not go through the bulk copy engine"]
     assert dataclasses.replace(cost, bulk_copies=2).complaints(case, 90) == []
+    assert "serialised" in dataclasses.replace(cost, bulk_copies=2, overlapped=0).complaints(case, 90)[0]
 
 
 def test_tensor_memory_is_counted(examples):

@@ -1,14 +1,17 @@
 """The base product with the low-rank part in its epilogue: out = x Wᵀ + bias + drop(S Bᵀ), in one kernel of our own.
 
 The alternative to the library's product with the low-rank part as its C operand (gpu/lora.py), which writes and reads
-C: here nothing as large as out is touched beside out itself. Bytes beyond the base product's own, 16-bit x: S, B and
-the mask once a tile, O(r (M + N)) and MN/8, so that a LoRA linear costs 4MK + 2MN, forward + backward, and 3MK/8 with
-dropout. dx takes the same kernel: dx = dout W + drop(dS A) is the product of dout with Wᵀ, read where it lies.
+C, 4MN bytes in the forward and 4MK for dx: here nothing as large as out is touched beside out itself. Bytes beyond the
+base product's own: S, B and the mask (MN/8) once, times what L2 misses. A LoRA linear is left with its passes over x
+and dout: 4MK + 2MN, forward + backward in 16 bits, where dS and dB share one, and 3MK/8 with dropout. dx takes the same
+kernel: dx = dout W + drop(dS A) is the product of dout with Wᵀ, read where it lies.
 
 The kernel is persistent and loads through the GPU's bulk copy engine (TMA): compute capability 9 and 10, rows that are
-contiguous and 16-byte aligned. The low-rank part is added after the sum over K, slice by slice: an accumulator that
-started with it would have to be ready before the first product, and the loads of the next tile could not run ahead
-through the epilogue of this one. `dispatch.product` and the table in tiles.py decide which of the two products runs.
+contiguous and 16-byte aligned. The low-rank part is added after the sum over K, slice by slice, by warp-level matrix
+instructions. An accumulator that started with it would have to be ready before the first product, and the loads of the
+next tile could not run ahead through the epilogue of this one; a warp-group instruction there would make the assembler
+wait for each one of the main loop's (seen in the code of 9.0; the compile tests look for both).
+`dispatch.product` and the table in tiles.py decide which of the two products runs.
 """
 
 import functools
@@ -27,6 +30,7 @@ from fastpeft_kernels.gpu._numerics import _dot16, product_for, round_to
 from fastpeft_kernels.tiles import LINEAR_TILES, LinearTile, linear_tile, linear_tiles, product_of
 
 BLOCK_R = 16  # the smallest dot: a rank is cut into blocks of it, so that S and B fit beside the accumulator
+WARP_ROWS = tl.constexpr(16)  # of a warp-level matrix instruction, and of a warp's share of the accumulator
 GROUP_M = 8  # rows of tiles that are walked together, so that L2 serves what they share
 INTERPRETED_PROCESSORS = 3  # fewer than tiles: the loop over tiles is walked in the interpreter too
 INTERPRETED_ARCH = 9
@@ -56,6 +60,16 @@ def _slices(x, SLICES: tl.constexpr):
         return left, right
     else:
         return _halves(left) + _halves(right)
+
+
+@triton.jit
+def _low_rank(s, b, low, dtype: tl.constexpr):
+    """low + s b, by warp-level instructions: a batch of one product for each warp's 16 rows of the accumulator."""
+    WARPS: tl.constexpr = s.shape[0] // WARP_ROWS
+    low = tl.reshape(low, (WARPS, WARP_ROWS, b.shape[1]))
+    s_rows = tl.reshape(s, (WARPS, WARP_ROWS, s.shape[1]))
+    b_rows = tl.broadcast_to(b[None, :, :], (WARPS, b.shape[0], b.shape[1]))
+    return tl.reshape(product_for(s_rows, b_rows, low, dtype), (WARPS * WARP_ROWS, b.shape[1]))
 
 
 @triton.jit
@@ -119,23 +133,22 @@ def _linear_kernel(
         for i in tl.static_range(SLICES):
             offs_n = n + i * SLICE + tl.arange(0, SLICE)
             inside_n = offs_n < N
-            part = parts[i]  # (BLOCK_M, SLICE)
-            low = part
             if HAS_MASK:
                 words = _mask_words(
                     mask_ptr, stride_mask, offs_m, (n + i * SLICE) // 32, inside_m, tl.cdiv(N, 32), SLICE // 32
                 )
-                low = tl.zeros_like(part)
+            low = tl.zeros((BLOCK_M, SLICE), tl.float32)
             for block in tl.static_range(RANK_BLOCKS):
                 offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
                 b_ptrs = b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br
                 b = tl.load(b_ptrs, mask=inside_n[None, :] & (offs_r < r)[:, None], other=0.0)  # (BLOCK_R, SLICE)
-                low = product_for(s_blocks[block], b, low, dtype)
+                low = _low_rank(s_blocks[block], b, low, dtype)
             if HAS_MASK:
-                low = part + _kept(low, words, SLICE // 32)
+                low = _kept(low, words, SLICE // 32)
+            part = parts[i] + low  # (BLOCK_M, SLICE)
             if HAS_BIAS:
-                low += tl.load(bias_ptr + offs_n * stride_bias, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-            out_desc.store([m, n + i * SLICE], round_to(low, dtype))
+                part += tl.load(bias_ptr + offs_n * stride_bias, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+            out_desc.store([m, n + i * SLICE], round_to(part, dtype))
 
 
 def linear(
@@ -296,7 +309,7 @@ def _case(arch: int, t: LinearTile, wide: str, narrow: str, blocks: int, forward
     return CompileCase(
         f"{form}-{t.BLOCK_M}x{t.BLOCK_N}-r{blocks * BLOCK_R}-{wide}-{narrow}-on-{arch}", _linear_kernel,
         {name: kind(name) for name in _linear_kernel.arg_names}, constexprs, t.num_warps, t.num_stages,
-        capabilities=(10 * arch,), unaligned=("r",), uses_bulk_copies=True,
+        capabilities=(10 * arch,), unaligned=("r",), pipelined=True,
     )  # fmt: skip
 
 
