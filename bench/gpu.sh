@@ -28,7 +28,7 @@ if ! "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation 
   echo "==> pip cannot install the checkout here; using it where it stands"
 fi
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET FASTPEFT_BACKEND
+unset TRITON_INTERPRET FASTPEFT_BACKEND FASTPEFT_PRODUCT
 
 echo "==> GPU tests on $gpu, at most $test_limit s"
 workers=()

@@ -22,6 +22,7 @@ from typing import Any
 
 # The most shared memory that one block may have, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY_COLUMNS = 512  # of 10.0, for all accumulators of one block; other targets have none
 # The matrix instruction of a full-size dot. Ampere and Ada have one kind, for any size.
 MATRIX_OP = {80: r"[HI]MMA", 86: r"[HI]MMA", 90: r"[HIQ]GMMA", 100: r"UTC[A-Z]*MMA"}
 # 8.6 and 8.9 run the same instructions as 8.0; what they lack is shared memory.
@@ -39,6 +40,8 @@ class Cost:
     matrix: int  # warp-group matrix instructions, or the target's own where it has one kind only
     warp_matrix: int  # HMMA: right for dots of fewer than 64 rows
     bulk_copies: int  # UTMALDG: the bulk copy engine
+    tensor_memory: int = 0  # columns
+    overlapped: int = 0  # warp-group matrix instructions of 9.0 that follow another one without a wait
 
     def complaints(self, case: Any, capability: int) -> list[str]:
         """What is wrong with `case` compiled for `capability`; empty when nothing is."""
@@ -47,6 +50,12 @@ class Cost:
             found.append(f"spills: {self.stack} bytes of stack, {self.spills} local loads and stores")
         if self.shared > SHARED_LIMIT[capability]:
             found.append(f"needs {self.shared} bytes of shared memory, sm_{capability} has {SHARED_LIMIT[capability]}")
+        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
+            found.append(f"needs {self.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
+        if case.pipelined and not self.bulk_copies:
+            found.append("no UTMALDG: loads do not go through the bulk copy engine")
+        if case.pipelined and capability == 90 and not self.overlapped:
+            found.append("serialised: a wait after each HGMMA, `ptxas -v` on the PTX tells why")
         if case.uses_matrix and not (self.matrix or (case.dot_rows < 64 and self.warp_matrix)):
             found.append(
                 f"no {MATRIX_OP[COMPILED_AS[capability]]} (found {self.warp_matrix} HMMA): not on the matrix units"
@@ -128,7 +137,7 @@ def _compile(case: Any, target: str) -> dict[str, int] | None:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, type_) in enumerate(case.signature.items())
-        if type_ != "constexpr" and not re.match(r"fp|bf", type_) and name not in case.unaligned
+        if type_ != "constexpr" and not re.match(r"fp|bf|tensordesc", type_) and name not in case.unaligned
     }
     compiled = triton.compile(
         ASTSource(case.fn, dict(case.signature), dict(case.constexprs), attrs),
@@ -149,6 +158,8 @@ def _compile(case: Any, target: str) -> dict[str, int] | None:
         "matrix": count(MATRIX_OP[int(arch)]),
         "warp_matrix": count("HMMA"),
         "bulk_copies": count("UTMALDG"),
+        "overlapped": len(re.findall(r"HGMMA(?=(?:(?!DEPBAR)[^;]*;)+?[^;]*HGMMA)", sass)),
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
     }
 
 

@@ -7,6 +7,7 @@ Compile tests need it unset: they run in processes of their own (compile_cost.py
 import os
 
 os.environ.pop("FASTPEFT_BACKEND", None)
+os.environ.pop("FASTPEFT_PRODUCT", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network that is not there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -46,8 +47,9 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test starts from the same seeds and without a backend in the environment; switches of torch are put back."""
+    """Each test starts from the same seeds and no path named in the environment; switches of torch are put back."""
     monkeypatch.delenv("FASTPEFT_BACKEND", raising=False)
+    monkeypatch.delenv("FASTPEFT_PRODUCT", raising=False)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from fastpeft.benchmark import (
     ia3,
     layer,
     model,
+    own_gemm,
     peers,
     roofline,
     scaling,
@@ -45,15 +46,17 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "fused-linear-full": gpu.fused_linear_table,
     "llama-layer": gpu.llama_layer_cases,
     "llama-saved": gpu.llama_saved_cases,
+    "own-gemm": own_gemm.own_gemm_cases,
     "peers": peers.peer_cases,
 }
 DEFAULT_SUITES = (
-    "layer", "groups", "host", "saved", "model", "saved-model", "peak", "first-step", "scaling", "compiled-model",
+    "layer", "groups", "ia3", "host", "saved", "model", "saved-model", "peak", "first-step", "scaling",
+    "compiled-model",
 )  # fmt: skip
 # The tables with targets first; the ones that take long, or that touch other libraries, last.
 GPU_SUITES = (
-    "llama-layer", "llama-saved", "fused-linear", "groups", "host", "model", "peak", "layer", "scaling", "first-step",
-    "compiled-model", "peers",
+    "llama-layer", "llama-saved", "fused-linear", "own-gemm", "groups", "host", "model", "peak", "layer", "scaling",
+    "first-step", "compiled-model", "peers",
 )  # fmt: skip
 
 

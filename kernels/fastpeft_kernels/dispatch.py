@@ -6,6 +6,13 @@ The choice is made inside an op, when it runs, so that compiled graphs and backw
     auto    Triton for tensors on a GPU that has it, torch for all others (the default)
     triton  Triton, and an error where it cannot run; with TRITON_INTERPRET=1 it runs on CPU tensors too
     torch   plain torch everywhere
+
+On the Triton path, the base product of a LoRA linear (and that of its dx) has two ways of its own; `FASTPEFT_PRODUCT`
+and `product` choose:
+
+    auto     what the table in tiles.py says for the GPU and the shape (the default)
+    library  the vendor library's product, with the low-rank part as its C operand
+    own      the kernel that adds the low-rank part in its epilogue (gpu/linear.py), and an error where it cannot run
 """
 
 import functools
@@ -13,23 +20,24 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
+Product = Literal["auto", "library", "own"]
 
 
-def _checked(name: str, origin: str) -> Backend:
-    for choice in get_args(Backend):
-        if name == choice:
-            return choice  # type: ignore[no-any-return]
-    raise ValueError(f"{origin} must be one of {', '.join(get_args(Backend))}; got {name!r}")
+def _checked(name: str, choices: Any, origin: str) -> Any:
+    if name in get_args(choices):
+        return name
+    raise ValueError(f"{origin} must be one of {', '.join(get_args(choices))}; got {name!r}")
 
 
-# A plain global and no context variable: autograd runs backward passes in threads of its own.
-_backend: Backend = _checked(os.environ.get("FASTPEFT_BACKEND") or "auto", "FASTPEFT_BACKEND")
+# Plain globals and no context variables: autograd runs backward passes in threads of its own.
+_backend: Backend = _checked(os.environ.get("FASTPEFT_BACKEND") or "auto", Backend, "FASTPEFT_BACKEND")
+_product: Product = _checked(os.environ.get("FASTPEFT_PRODUCT") or "auto", Product, "FASTPEFT_PRODUCT")
 
 
 def current_backend() -> Backend:
@@ -45,11 +53,46 @@ def backend(name: str) -> Iterator[None]:
         ValueError: `name` is none of these.
     """
     global _backend
-    before, _backend = _backend, _checked(name, "backend")
+    before, _backend = _backend, _checked(name, Backend, "backend")
     try:
         yield
     finally:
         _backend = before
+
+
+def current_product() -> Product:
+    """Who computes base products here: "auto", "library" or "own"."""
+    return _product
+
+
+@contextmanager
+def product(name: str) -> Iterator[None]:
+    """Compute base products the way `name` in this block of code, in every thread: "auto", "library" or "own".
+
+    With "own", an op whose base product cannot be computed so raises RuntimeError, and says why.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    global _product
+    before, _product = _product, _checked(name, Product, "product")
+    try:
+        yield
+    finally:
+        _product = before
+
+
+def check_torch_product() -> None:
+    """Called where plain torch computes a base product.
+
+    Raises:
+        RuntimeError: our own product was demanded by name.
+    """
+    if _product == "own":
+        raise RuntimeError(
+            'product "own" needs the Triton path, which this op does not take here (a CPU tensor, float64, no triton, '
+            'or backend "torch"): take product "auto" or "library"'
+        )
 
 
 @functools.cache

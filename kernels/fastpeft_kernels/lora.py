@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference
-from fastpeft_kernels.dispatch import no_autocast, use_triton
+from fastpeft_kernels.dispatch import check_torch_product, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
 from fastpeft_kernels.low_rank import FEW_ROWS
 
@@ -147,6 +147,7 @@ def _run_linear(
         from fastpeft_kernels.gpu import lora as gpu  # triton is imported when first needed
 
         return gpu.lora_linear(x, W, bias, A, B, mask, scale)
+    check_torch_product()
     return reference.lora_linear(x, W, bias, A, B, mask, scale)
 
 
@@ -166,6 +167,7 @@ def _run_linear_backward(
             from fastpeft_kernels.gpu import lora as gpu
 
             return gpu.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx)
+        check_torch_product()
         return reference.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx)
 
 

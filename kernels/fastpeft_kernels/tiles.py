@@ -98,3 +98,70 @@ def row_bands(M: int, column_blocks: int, BLOCK_M: int) -> tuple[int, int]:
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# The base product of a LoRA linear, out = x Wᵀ + bias + drop(S Bᵀ), and that of its dx: who computes it.
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """One tile of the own product: BLOCK_M x BLOCK_N of out, BLOCK_K of the sum a step, out stored in SLICES parts.
+
+    max_rank: ranks whose low-rank part fits beside the accumulator; max_rank_tf32: where its operands are split in
+    tf32, at twice the registers (fp16 beside fp32); 0: none.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SLICES: int
+    num_warps: int
+    num_stages: int
+    max_rank: int
+    max_rank_tf32: int
+
+
+# Major compute capability -> tiles of the own product, the widest first. An architecture that is not here has no own
+# product: 8.x lacks the bulk copy engine, 12.x the matrix instructions of 9.x and 10.x.
+LINEAR_TILES: dict[int, tuple[LinearTile, ...]] = {
+    9: (LinearTile(128, 256, 64, 4, 8, 4, 32, 32), LinearTile(128, 128, 64, 2, 8, 4, 64, 32)),
+    10: (LinearTile(128, 256, 64, 4, 8, 4, 32, 16), LinearTile(128, 128, 64, 2, 8, 4, 64, 32)),
+}
+
+ProductBy = Literal["library", "own"]
+SumClass = Literal["few rows", "short", "medium", "long"]
+
+# Major compute capability -> class of the product -> who computes it where nobody asks for one by name. The library's
+# way writes and reads a C operand, which is a share of the whole that falls with the length of the sum; the own one
+# may be slower in the sum itself. Nothing was measured on a GPU yet: an entry moves to "own" with the commit that
+# shows the figures of `bench/gpu.py --suites own-gemm`.
+PRODUCTS: dict[int, dict[SumClass, ProductBy]] = {
+    9: {"few rows": "library", "short": "library", "medium": "library", "long": "library"},
+    10: {"few rows": "library", "short": "library", "medium": "library", "long": "library"},
+}
+
+
+def sum_class(M: int, K: int) -> SumClass:
+    """The class of a product of M rows that sums over K."""
+    if M < 1024:
+        return "few rows"
+    return "short" if K <= 2048 else "medium" if K <= 8192 else "long"
+
+
+def product_of(arch: int, M: int, K: int) -> ProductBy:
+    """Who computes a base product of M rows that sums over K, on major compute capability `arch`."""
+    return PRODUCTS[arch][sum_class(M, K)] if arch in PRODUCTS else "library"
+
+
+def linear_tiles(arch: int, r: int, tf32: bool) -> tuple[LinearTile, ...]:
+    """The tiles that take this rank, the widest first."""
+    return tuple(t for t in LINEAR_TILES.get(arch, ()) if r <= (t.max_rank_tf32 if tf32 else t.max_rank))
+
+
+def linear_tile(fitting: tuple[LinearTile, ...], M: int, N: int, processors: int) -> LinearTile:
+    """The widest of these tiles that leaves no processor without one, else the narrowest."""
+    for t in fitting:
+        tiles = -(-M // t.BLOCK_M) * -(-N // t.BLOCK_N)
+        if tiles >= processors:
+            return t
+    return fitting[-1]

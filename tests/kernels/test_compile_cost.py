@@ -1,5 +1,6 @@
 """The compile checks see what they are there to see: a fault in each example kernel, and none in the good one."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,23 @@ def test_shared_memory_is_counted(examples):
 
 def test_missing_matrix_instructions_are_seen(examples):
     assert "not on the matrix units" in complaints(examples, "no-matrix", 90)
+
+
+def test_a_pipeline_that_is_none_is_seen(examples):
+    case = dataclasses.replace(CASES["dots/good"], pipelined=True)
+    cost = examples.compile("dots/good", "cuda:90")
+    assert cost.overlapped > 0  # one step's instructions run on without a wait
+    assert cost.complaints(case, 90) == ["no UTMALDG: loads do not go through the bulk copy engine"]
+    assert dataclasses.replace(cost, bulk_copies=2).complaints(case, 90) == []
+    assert "serialised" in dataclasses.replace(cost, bulk_copies=2, overlapped=0).complaints(case, 90)[0]
+
+
+def test_tensor_memory_is_counted(examples):
+    cost = examples.compile("dots/good", "cuda:100")
+    assert 0 < cost.tensor_memory <= 512
+    assert "columns of tensor memory" in dataclasses.replace(cost, tensor_memory=640).complaints(
+        CASES["dots/good"], 100
+    )[0]  # fmt: skip
 
 
 def test_compiler_errors_are_reported_and_survived(examples):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastpeft_kernels import backend, current_backend, dispatch, dropout
+from fastpeft_kernels import backend, current_backend, current_product, dispatch, dropout, lora_linear, product
 from fastpeft_kernels.dispatch import use_triton
 
 
@@ -53,13 +53,43 @@ def test_double_precision_has_no_kernel():
         dropout(torch.ones(2, 2, dtype=torch.float64), 0.5)
 
 
-@pytest.mark.parametrize(("value", "expected"), [("torch", "torch"), ("", "auto"), ("cuda", None)])
-def test_environment(value, expected):
-    code = "import fastpeft_kernels; print(fastpeft_kernels.current_backend())"
-    env = {**os.environ, "FASTPEFT_BACKEND": value}
+def test_product_of_a_block_of_code():
+    assert current_product() == "auto"
+    with product("own"):
+        with pytest.raises(KeyError, match="library"), product("library"):
+            raise KeyError(current_product())
+        assert current_product() == "own"
+    assert current_product() == "auto"
+    with pytest.raises(ValueError, match="product must be one of auto, library, own; got 'cublas'"), product("cublas"):
+        pass
+
+
+def test_own_product_demanded_where_plain_torch_runs():
+    x, W, A, B = torch.ones(2, 8, requires_grad=True), torch.ones(8, 8), torch.ones(1, 8), torch.ones(8, 1)
+    with product("own"), pytest.raises(RuntimeError, match='product "own" needs the Triton path'):
+        lora_linear(x, W, None, A, B, 1.0)
+    out = lora_linear(x, W, None, A, B, 1.0)
+    with product("own"), pytest.raises(RuntimeError, match='product "own" needs the Triton path'):
+        out.sum().backward()
+
+
+ENVIRONMENT = [
+    ("BACKEND", "torch", "torch"),
+    ("BACKEND", "", "auto"),
+    ("BACKEND", "cuda", "FASTPEFT_BACKEND must be one of auto, triton, torch; got 'cuda'"),
+    ("PRODUCT", "own", "own"),
+    ("PRODUCT", "", "auto"),
+    ("PRODUCT", "cublas", "FASTPEFT_PRODUCT must be one of auto, library, own; got 'cublas'"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "expected"), ENVIRONMENT)
+def test_environment(variable, value, expected):
+    code = f"import fastpeft_kernels; print(fastpeft_kernels.current_{variable.lower()}())"
+    env = {**os.environ, f"FASTPEFT_{variable}": value}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    if expected is None:
+    if expected.startswith("FASTPEFT"):
         assert done.returncode != 0
-        assert "FASTPEFT_BACKEND must be one of auto, triton, torch; got 'cuda'" in done.stderr
+        assert expected in done.stderr
     else:
         assert done.stdout.strip() == expected

@@ -20,6 +20,8 @@ class CompileCase:
         constexprs: value of every argument whose type is "constexpr".
         num_warps, num_stages: the launch options.
         uses_matrix: the kernel must run on the matrix units.
+        pipelined: it must load through the bulk copy engine (TMA), which 9.0 and later have, and its warp-group matrix
+            instructions must follow each other without a wait (ptxas may serialise them, and only remarks on it).
         capabilities: compute capabilities (80, 86, 89, 90, 100) for which the launcher chooses this configuration;
             None: all.
         dot_rows: rows of the left operand of the smallest dot that matters. Under 64, the warp-level instruction (HMMA)
@@ -37,6 +39,7 @@ class CompileCase:
     capabilities: tuple[int, ...] | None = None
     dot_rows: int = 64
     unaligned: tuple[str, ...] = ()
+    pipelined: bool = False
 
     def __post_init__(self) -> None:
         typed = {name for name, kind in self.signature.items() if kind == "constexpr"}

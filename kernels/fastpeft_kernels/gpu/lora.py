@@ -1,7 +1,8 @@
 """The ops of fastpeft_kernels.lora on the kernels of _lora_forward.py and _lora_backward.py.
 
 The base products are the vendor library's: the low-rank part is written first, as the C operand, and the library
-accumulates onto it (beta = 1), so that reading C hides in its epilogue.
+accumulates onto it (beta = 1), so that reading C hides in its epilogue. Or they are our own, with the low-rank part in
+the epilogue (gpu/linear.py) and 4MK + 2MN bytes in all: tiles.py says where.
 
 Launches beside the base product, no dropout: shrink and expand forward; output pass, sum of dS's planes, input pass,
 sum of the planes of dA and dB backward. Bytes, forward + backward, 16-bit x: 8MK + 6MN, 3MK/8 more with dropout, and
@@ -21,6 +22,7 @@ from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._lora_backward import input_pass, outer, outer_planes, output_pass
 from fastpeft_kernels.gpu._lora_forward import expand, expand_planes, shrink, shrink_planes
 from fastpeft_kernels.gpu._planes import sum_planes
+from fastpeft_kernels.gpu.linear import linear, takes_product
 from fastpeft_kernels.tiles import FUSED_TILES, TILES, Kernel, Tile, units
 
 __all__ = ["expand", "lora_add", "lora_add_backward", "lora_linear", "lora_linear_backward", "outer", "shrink"]
@@ -29,6 +31,9 @@ __all__ = ["expand", "lora_add", "lora_add_backward", "lora_linear", "lora_linea
 def lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if takes_product(x, W, B):
+        S = shrink(x, A, mask, scale)
+        return linear(x, W, bias, S, B), S
     out, S = expand_planes(shrink_planes(x, A, mask, scale), B, x.dtype, bias=bias)
     return out.addmm_(x, W.t()), S
 
@@ -44,8 +49,12 @@ def lora_linear_backward(
     scale: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dA, dB = lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
-    return dx.addmm_(dout, W) if need_dx else dx, dA, dB
+    if not need_dx or not takes_product(dout, W.t(), B):
+        dx, dA, dB = lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
+        return dx.addmm_(dout, W) if need_dx else dx, dA, dB
+    dS, dB_planes = output_pass(dout, B, S, scale)
+    dA, dB = sum_planes(outer_planes(x, dS, mask), dB_planes, dtype=S.dtype)
+    return linear(dout, W.t(), None, dS, A.t(), mask), dA, dB
 
 
 def lora_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
