@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastpeft.model_tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
     from fastpeft.paths import explain as explain
     from fastpeft.peft_model import PeftModel as PeftModel
+    from fastpeft.recompute import recompute_mlp as recompute_mlp
     from fastpeft.status import get_layer_status as get_layer_status
     from fastpeft.status import get_model_status as get_model_status
     from fastpeft.tuners.ia3 import IA3Config as IA3Config
@@ -90,6 +91,7 @@ _import_name, __all__ = lazy_names(
             "PeftModelForTokenClassification",
         ],
         "fastpeft.peft_model": ["PeftModel"],
+        "fastpeft.recompute": ["recompute_mlp"],
         "fastpeft.status": ["get_layer_status", "get_model_status"],
         "fastpeft.tuners.ia3": ["IA3Config", "IA3Model"],
         "fastpeft.tuners.lora": ["LoraConfig", "LoraModel"],

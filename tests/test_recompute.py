@@ -1,0 +1,148 @@
+"""recompute_mlp: fewer bytes kept, the same gradients to the bit, whatever else hangs on saved tensors."""
+
+import copy
+
+import pytest
+import torch
+from models import batch, build, tiny_llama
+from torch import Tensor, nn
+
+import fastpeft
+from fastpeft.benchmark.memory import saved_bytes
+from fastpeft.recompute import _Scope
+
+
+def adapted(p: float = 0.0, dtype: torch.dtype = torch.float32, checkpointing: bool | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    config = fastpeft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=p, init_lora_weights=False)
+    model = fastpeft.get_peft_model(tiny_llama(dtype, use_cache=False), config).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model
+
+
+def gradients(model: nn.Module, family: str = "llama") -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    model(**batch(family)).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_bits(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def kept(model: nn.Module) -> int:
+    inputs = batch("llama")
+    there = [*model.parameters(), *model.buffers()]
+    return saved_bytes(lambda: model(**inputs).loss, inputs=[inputs["input_ids"]], parameters=there).own
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_of_four_wide_tensors_are_not_kept(p, dtype):
+    model = adapted(p, dtype)
+    before, expected = kept(model), gradients(model)
+    config = model.config
+    assert fastpeft.recompute_mlp(model) == config.num_hidden_layers
+    wide = batch("llama")["input_ids"].numel() * config.intermediate_size * dtype.itemsize
+    assert before - kept(model) == 2 * wide * config.num_hidden_layers
+    assert_same_bits(gradients(model), expected)
+    fastpeft.recompute_mlp(model, enabled=False)
+    assert kept(model) == before
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_with_gradient_checkpointing(reentrant):
+    """The hooks of a checkpoint are handed what is not made again: it keeps as little as without."""
+    model = adapted(0.3, checkpointing=reentrant)
+    before, expected = kept(model), gradients(model)
+    fastpeft.recompute_mlp(model)
+    assert kept(model) == before
+    assert_same_bits(gradients(model), expected)
+
+
+def test_hooks_around_see_the_others():
+    model = adapted()
+    expected = gradients(model)
+    fastpeft.recompute_mlp(model)
+    with torch.autograd.graph.save_on_cpu():
+        assert_same_bits(gradients(model), expected)
+
+
+def test_an_activation_of_many_small_steps():
+    """GPT-2's GELU is written out: of its products only those are made again whose node keeps both factors."""
+    torch.manual_seed(0)
+    config = fastpeft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = fastpeft.get_peft_model(build("gpt2"), config).train()
+    expected = gradients(model, "gpt2")
+    assert fastpeft.recompute_mlp(model) > 0
+    assert_same_bits(gradients(model, "gpt2"), expected)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down, self.act = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4), nn.SiLU()
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.gate(x)) * self.up(x)
+        if self.fails:
+            raise RuntimeError("boom")
+        return self.down(h.view(-1, 6)).view_as(x)
+
+
+def test_an_error_inside_leaves_no_hooks_behind():
+    model = nn.Sequential(Mlp())
+    fastpeft.recompute_mlp(model)
+    model[0].fails = True
+    with pytest.raises(RuntimeError, match="boom"):
+        model(torch.randn(3, 4))
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+@pytest.mark.parametrize("frozen", ["gate", "up"])
+def test_a_factor_without_a_gradient(frozen):
+    """The product's node keeps one factor only: it cannot make the product again."""
+    model = nn.Sequential(Mlp())
+    getattr(model[0], frozen).requires_grad_(False)
+    x = torch.randn(2, 3, 4)
+    twin = copy.deepcopy(model)
+    fastpeft.recompute_mlp(model)
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    assert_same_bits(
+        *({name: p.grad for name, p in net.named_parameters() if p.requires_grad} for net in (model, twin))
+    )
+
+
+def test_backward_twice():
+    model = nn.Sequential(Mlp())
+    fastpeft.recompute_mlp(model)
+    loss = model(torch.randn(3, 4)).sum()
+    loss.backward(retain_graph=True)
+    first = model[0].gate.weight.grad.clone()
+    loss.backward()
+    assert torch.equal(model[0].gate.weight.grad, 2 * first)
+
+
+def test_compiles_to_one_graph():
+    model = adapted().eval()
+    expected = gradients(model)
+    fastpeft.recompute_mlp(model)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_twice_is_once_and_a_model_without_one_is_an_error():
+    model = nn.Sequential(Mlp())
+    fastpeft.recompute_mlp(model)
+    fastpeft.recompute_mlp(model)
+    assert sum(isinstance(hook.__self__, _Scope) for hook in model[0]._forward_pre_hooks.values()) == 1
+    with pytest.raises(ValueError, match="Sequential has no MLP to recompute: expected modules with an activation"):
+        fastpeft.recompute_mlp(nn.Sequential(nn.Linear(2, 2)))
