@@ -4,8 +4,8 @@
 Kept for backward: x by reference, S = s · drop(x) Aᵀ (M x r), and one bit an element for dropout.
 
 Traffic beyond the frozen linear, 16-bit x, forward + backward: S reads x (2MK), the low-rank part is the C operand of
-the base product (4MN), dS and dB read dout (4MN), dA reads x (2MK), dx's low-rank part is a C operand again (4MK):
-8MK + 8MN, and MK/8 for each of draw, S, dA and dx with dropout.
+the base product (4MN), dS and dB read dout (2MN), dA reads x (2MK), dx's low-rank part is a C operand again (4MK):
+8MK + 6MN, and MK/8 for each of draw, S, and dA with dx. With our own product, which has no C operand: 4MK + 2MN.
 """
 
 from typing import Any
