@@ -39,7 +39,7 @@ def obstacle_to_adding(layer: Any, adapter: str) -> str | None:
             return reason
     if A._parameters["weight"].dtype != B._parameters["weight"].dtype:
         return "lora_A and lora_B differ in dtype"
-    return _watched_everywhere() or _watched("lora_A", A) or _watched("lora_B", B) or _watched("lora_dropout", dropout)
+    return _watched_everywhere() or watched("lora_A", A) or watched("lora_B", B) or watched("lora_dropout", dropout)
 
 
 def _pair(layer: Any, adapter: str) -> tuple[Any, Any, Any]:
@@ -62,7 +62,7 @@ def obstacle_to_owning(layer: Any) -> str | None:
         return "the base weight is trained"
     if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != weight.dtype):
         return "the base bias is no Parameter of the weight's dtype"
-    return _watched_everywhere() or _watched("the base layer", base)
+    return _watched_everywhere() or watched("the base layer", base)
 
 
 def _not_a_plain_linear(name: str, module: nn.Module) -> str | None:
@@ -89,7 +89,7 @@ def _watched_everywhere() -> str | None:
     return None
 
 
-def _watched(name: str, module: nn.Module) -> str | None:
+def watched(name: str, module: nn.Module) -> str | None:
     """Who would notice that this module was not called."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook is registered on {name}"
@@ -101,9 +101,7 @@ def obstacle_to_fusing(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype
     if (reason := obstacle_to_owning(layer)) is not None:
         return reason
     for name in adapters:
-        if not layer.variants[name].fusable:
-            return f"{type(layer.variants[name]).__name__} has no op that owns the base product"
-        if (reason := obstacle_to_adding(layer, name)) is not None:
+        if (reason := obstacle_to_adding(layer, name) or layer.variants[name].obstacle(layer, name)) is not None:
             return reason
     weight_dtype = layer._modules["base_layer"]._parameters["weight"].dtype
     dtypes = {name: _pair(layer, name)[0]._parameters["weight"].dtype for name in adapters}
@@ -118,11 +116,19 @@ def obstacle_to_fusing(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype
             if dtype not in (weight_dtype, torch.float32):
                 return f"adapter {name!r} is neither fp32 nor of the base weight's dtype"
     if len(adapters) > 1:
+        if not all(layer.variants[name].is_a_sum for name in adapters):
+            return "one of several adapters is DoRA, which scales what the others add"
         if len(set(dtypes.values())) > 1:
             return "the adapters differ in dtype"
         if any(_dropout_p(layer, name) for name in adapters):
             return "several adapters with dropout take a mask each"
     return None
+
+
+def may_read_weights(layer: Any, adapter: str, x: Tensor) -> bool:
+    """Whether base weight and factors may go to an op that only looks at them, for an input x of the layer."""
+    weight = layer.get_base_layer()._parameters.get("weight")
+    return type(weight) is nn.Parameter and _ordinary(x) and obstacle_to_adding(layer, adapter) is None
 
 
 def _ordinary(x: Tensor) -> bool:
@@ -147,6 +153,10 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
 
     Layers that their parent calls on this x next are computed along with the first of them, and pick up what is theirs.
     """
+    variant = layer.variants[adapters[0]]
+    if not variant.is_a_sum:
+        operands = _operands(layer, adapters, x)
+        return None if operands is None else variant.fused(layer, adapters[0], x, operands)
     group = layer.input_group
     if group is None or not group.is_on() or (name := group.name_of(layer)) is None:
         operands = _operands(layer, adapters, x)
@@ -167,7 +177,10 @@ def _sharing(group: InputGroup, name: str, operands: LoraOperands, x: Tensor) ->
     """The siblings that one op can compute along with the layer `name`."""
     found = {}
     for other, sibling in group.siblings(name, x):
-        theirs = _operands(sibling, sibling.adapters_to_apply(), x)
+        adapters = sibling.adapters_to_apply()
+        if not all(sibling.variants[adapter].is_a_sum for adapter in adapters):
+            continue
+        theirs = _operands(sibling, adapters, x)
         if theirs is not None and _fits(theirs, operands):
             found[other] = theirs
     return found
@@ -218,7 +231,7 @@ def path_of(layer: Any, adapters: Sequence[str]) -> tuple[str, str]:
         if (reason := obstacle_to_adding(layer, name)) is not None:
             return "plain", reason
     if (reason := obstacle_to_fusing(layer, adapters, layer.get_base_layer().weight.dtype, autocast=False)) is not None:
-        return "added", reason
+        return "added" if all(layer.variants[name].is_a_sum for name in adapters) else "plain", reason
     return "fused", ""
 
 
@@ -229,5 +242,8 @@ def sharing_siblings(layer: Any) -> tuple[str, ...]:
         return ()
     weight = layer.get_base_layer().weight
     x = weight.new_empty((1, weight.shape[1]))
-    operands = _operands(layer, layer.adapters_to_apply(), x)
+    adapters = layer.adapters_to_apply()
+    if not all(layer.variants[adapter].is_a_sum for adapter in adapters):
+        return ()
+    operands = _operands(layer, adapters, x)
     return () if operands is None else tuple(_sharing(group, name, operands, x))

@@ -21,7 +21,7 @@ from fastpeft_kernels.gpu.dropout import dropout
 from fastpeft_kernels.gpu.lora import expand, outer, shrink
 from fastpeft_kernels.tiles import ROWS_PER_PLANE, SPLIT_K_BELOW, TILES, rank_class, tile
 
-BLOCK_M, BLOCK_C = 32, 128  # elementwise passes: 4096 elements a step, 32 a thread at 4 warps
+BLOCK_M, BLOCK_C = 16, 128  # elementwise passes: 2048 elements a step, 16 a thread at 4 warps; 32 spill on sm_100
 NORM_N, NORM_K = 32, 64  # tiles of W
 NORM_R = 32  # of the rank, at most; higher ranks take several: 64 would spill on sm_80
 
@@ -129,18 +129,18 @@ def _columns_kernel(
     mask_n = offs_n < N
     factor = tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0)
     end = tl.minimum(M, (plane + 1) * rows)
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(plane * rows, end, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         inside = (offs_m < end)[:, None] & mask_n[None, :]
         offsets = offs_m[:, None] * N + offs_n[None, :]
         dout_ptrs = dout_ptr + offs_m[:, None] * stride_dm + offs_n[None, :] * stride_dn
         dout = tl.load(dout_ptrs, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(dout * tl.load(z_ptr + offsets, mask=inside, other=0.0).to(tl.float32), axis=0)
+        total += dout * tl.load(z_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         if HAS_SCALED:
             scaled = round_to(dout * factor[None, :], scaled_ptr.dtype.element_ty)
             tl.store(scaled_ptr + offsets, scaled, mask=inside)
-    tl.store(plane_ptr + plane * N + offs_n, total, mask=mask_n)
+    tl.store(plane_ptr + plane * N + offs_n, tl.sum(total, axis=0), mask=mask_n)
 
 
 def column_pass(dout: Tensor, z: Tensor, factor: Tensor, need_scaled: bool) -> tuple[Tensor, Tensor]:
