@@ -328,6 +328,6 @@ def check_adapter(base: Base, module: nn.Module, r: int, config: Any, where: str
     if config.use_dora and not base.supports_dora:
         kind = type(module).__name__
         raise NotImplementedError(
-            f"use_dora=True on a {kind} is not supported yet{at}: leave it out of target_modules, or adapt it "
+            f"use_dora=True is not supported yet on {kind}{at}: leave it out of target_modules, or adapt it "
             "without DoRA"
         )
