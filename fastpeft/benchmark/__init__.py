@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpeft.benchmark import environment, gpu, layer, model
+from fastpeft.benchmark import dora, environment, gpu, layer, model
 from fastpeft.benchmark.cases import QUICK, Case, Effort, Libraries, Result, measure
 from fastpeft.benchmark.libraries import available
 from fastpeft.benchmark.memory import SavedBytes, saved_bytes
 from fastpeft.benchmark.report import Report
 from fastpeft.benchmark.timing import Spread, Timing, interleave, torch_threads, wall_clock
 
-# Name -> cases(quick, device). The first four run anywhere, the others are tables of a large GPU.
+# Name -> cases(quick, device). The first five run anywhere, the others are tables of a large GPU.
 SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "layer": layer.layer_cases,
     "saved": layer.saved_cases,
+    "dora": dora.dora_cases,
     "model": model.model_cases,
     "saved-model": model.saved_model_cases,
     "fused-linear": gpu.fused_linear_cases,
@@ -26,7 +27,7 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "llama-layer": gpu.llama_layer_cases,
     "llama-saved": gpu.llama_saved_cases,
 }
-DEFAULT_SUITES = ("layer", "saved", "model", "saved-model")
+DEFAULT_SUITES = ("layer", "saved", "dora", "model", "saved-model")
 GPU_SUITES = ("llama-layer", "llama-saved", "fused-linear")
 
 

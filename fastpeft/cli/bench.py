@@ -11,7 +11,9 @@ from fastpeft.cli.errors import CommandError
 def bench(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUITE]...", help="layer, saved, model, saved-model; on a GPU also the larger tables."),
+        typer.Argument(
+            metavar="[SUITE]...", help="layer, saved, dora, model, saved-model; on a GPU also the larger tables."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cases, measured briefly: a look, not a figure.")
@@ -27,6 +29,7 @@ def bench(
     Suites:
       layer        one LoRA linear, forward and backward
       saved        bytes it keeps for backward
+      dora         one DoRA linear, beside a LoRA one
       model        a training step of a small Llama
       saved-model  bytes that step keeps
 
