@@ -4,7 +4,7 @@ section 4.1. The norm gets no gradient (section 4.3).
 With dropout the low-rank part and what g adds to the base product see drop(x), the base product itself sees x, as in
 PEFT: out = x Wᵀ + bias + (g - 1) · drop(x) Wᵀ + g s · drop(x) Aᵀ Bᵀ. W is frozen. Kept for backward: x by reference,
 S = s · drop(x) Aᵀ (M x r), the base product (M x N), the norm (N), and one bit an element for dropout; nothing of W's
-size, neither kept nor made.
+size.
 
 Traffic beyond the LoRA linear's (fastpeft_kernels.lora), 16-bit x, forward + backward, without dropout: the norm reads
 W (2NK), and one pass over dout and the base product writes g · dout (6MN). The low-rank part and g ride on one pass

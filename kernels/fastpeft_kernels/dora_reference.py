@@ -66,7 +66,7 @@ def dora_linear(
     """(out, S, z, norm): (M, N) in x's dtype, (M, r) in A's, (M, N) in x's and (N,)."""
     norm = dora_norm(W, A, B, scaling)
     factor = magnitude.to(norm.dtype) / norm * keep_scale
-    dropped = x if mask is None else apply_mask(x, mask)
+    dropped = x if mask is None else _dropped(x, mask)
     S = shrink(dropped, A, None, scaling)
     z = torch.mm(dropped, W.t())
     if mask is None:
@@ -97,14 +97,16 @@ def dora_linear_backward(
     factor = (g * keep_scale).unsqueeze(1)
     dS, T = output_pass(dout, (B * factor).to(B.dtype), S, scaling)
     dB, dA = (T * factor).to(B.dtype), outer(x, dS, mask)
-    scaled, total = _column_pass(dout, z, g if mask is None else (g - 1) * keep_scale, need_dx)
+    columns = g if mask is None else (g - 1) * keep_scale
+    of_W = dout.shape[0] > W.shape[1]  # the smaller of dout and W is scaled
+    scaled, total = _column_pass(dout, z, columns, need_dx and not of_W)
     total += (T.to(norm.dtype) * B).sum(1)
     dmagnitude = (total * keep_scale / norm).to(magnitude.dtype)
     if not need_dx:
         return x.new_empty(0), dA, dB, dmagnitude
-    dx = add_dx_(torch.mm(scaled, W), dS, A, None)
+    dx = add_dx_(torch.mm(dout, _scaled_rows(W, columns)) if of_W else torch.mm(scaled, W), dS, A, None)
     if mask is not None:
-        dx = torch.mm(dout, W).add_(apply_mask(dx, mask))
+        dx = _add_dropped_(torch.mm(dout, W), dx, mask)
     return dx, dA, dB, dmagnitude
 
 
@@ -112,7 +114,22 @@ def _chunks(t: Tensor) -> Iterator[slice]:
     return row_chunks(t.shape[0], t.shape[1], CHUNK)
 
 
-# Column factors are fp32 and x may be 16 bits wide: widened a chunk of rows at a time.
+# A chunk of rows at a time: column factors are fp32 where x is 16 bits wide, and masks widen to x's size.
+
+
+def _dropped(x: Tensor, mask: Tensor) -> Tensor:
+    """drop(x): (M, K), contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows in _chunks(x):
+        out[rows] = apply_mask(x[rows], mask[rows])
+    return out
+
+
+def _add_dropped_(out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """out += drop(x) in place."""
+    for rows in _chunks(x):
+        out[rows] += apply_mask(x[rows], mask[rows])
+    return out
 
 
 def _scaled_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,6 +150,14 @@ def _add_scaled_columns_(out: Tensor, z: Tensor, factor: Tensor) -> Tensor:
         return out.addcmul_(z, factor)
     for rows in _chunks(z):
         out[rows] += z[rows] * factor
+    return out
+
+
+def _scaled_rows(W: Tensor, factor: Tensor) -> Tensor:
+    """W with row n multiplied by factor[n]: (N, K) in W's dtype."""
+    out = torch.empty_like(W)
+    for rows in _chunks(W):
+        torch.mul(W[rows], factor[rows].unsqueeze(1), out=out[rows])
     return out
 
 
