@@ -167,6 +167,22 @@ def test_same_numbers_with_two_active_adapters(family, dtype, second):
         assert_same_numbers(both, family)
 
 
+def test_two_active_adapters_with_dropout_outside_training():
+    """The second one scales what the first one gave, where in training it scales the base product."""
+    both = dora_pair("llama", lora_dropout=0.3)
+    both.add_adapter(
+        "other", r=3, use_dora=True, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.3
+    )
+    for model in both:
+        torch.manual_seed(12)
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude_vector.other" in name:
+                parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+    both.each("base_model.set_adapter", ["default", "other"])
+    theirs, ours = (output(model.eval(), "llama") for model in both)
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
