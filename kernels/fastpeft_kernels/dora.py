@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpeft_kernels import dora_reference as reference
+from fastpeft_kernels import reference_dora as reference
 from fastpeft_kernels.dispatch import use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
 from fastpeft_kernels.lora import autocast_operands, check_linear, no_autocast

@@ -187,7 +187,7 @@ def drop_and_rest(x: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor
     return dropped, rest
 
 
-# The ops, with the signatures of fastpeft_kernels.dora_reference.
+# The ops, with the signatures of fastpeft_kernels.reference_dora.
 
 
 def dora_linear(
