@@ -23,7 +23,8 @@ def adapter_prefixes(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Where an adapter's own weights are in a state dict: prefix of their keys -> the same without the adapter's name.
 
     Everything on a tuner layer but the wrapped layer belongs to adapters. What is kept by adapter name (ModuleDict,
-    ParameterDict) belongs to the one it is named after, anything else to all.
+    ParameterDict) belongs to the one it is named after, anything else to all. A module may say that files know its one
+    weight by the name of the container alone (DoRA's magnitude).
     """
     prefixes = {}
     copies = [f"{name}.modules_to_save." for name, _ in wrapped_modules(model)]
@@ -42,7 +43,8 @@ def adapter_prefixes(model: nn.Module, adapter_name: str) -> dict[str, str]:
             if not isinstance(part, (nn.ModuleDict, nn.ParameterDict)):
                 prefixes[path] = path
             elif adapter_name in part:
-                prefixes[f"{path}.{adapter_name}"] = path
+                single = getattr(part[adapter_name], "single_weight_in_files", False)
+                prefixes[f"{path}.{adapter_name}{'.weight' if single else ''}"] = path
     return prefixes
 
 

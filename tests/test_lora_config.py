@@ -110,7 +110,6 @@ AWAY = {  # a value of each field that reference PEFT would act on
     "eva_config": {"rho": 1.0},
     "corda_config": {"corda_method": "kpm"},
     "lora_ga_config": {"scale": "unit"},
-    "use_dora": True,
     "velora_config": {"num_groups": 8},
     "alora_invocation_tokens": [5],
     "use_qalora": True,
@@ -184,17 +183,17 @@ def test_a_config_is_checked_again_when_it_is_used():
     import peft
 
     changed = LoraConfig(r=2, target_modules=["q_proj"])
-    changed.use_dora = True
-    reference = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    changed.use_qalora = True
+    reference = peft.LoraConfig(r=2, target_modules=["q_proj"], use_qalora=True)
     for config in (changed, reference):
         model = tiny_llama()
-        with pytest.raises(NotImplementedError, match="use_dora=True: DoRA is not supported yet"):
+        with pytest.raises(NotImplementedError, match="use_qalora=True: QA-LoRA is not supported yet"):
             fastpeft.get_peft_model(model, config)
         assert not hasattr(model, "peft_config")
-    changed.use_dora, changed.lora_dropout = False, 1.5
+    changed.use_qalora, changed.lora_dropout = False, 1.5
     with pytest.raises(ValueError, match="lora_dropout must be a probability"):
         fastpeft.get_peft_model(tiny_llama(), changed)
     plain = fastpeft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(NotImplementedError, match="DoRA"):
+    with pytest.raises(NotImplementedError, match="QA-LoRA"):
         plain.add_adapter("second", reference)
     assert list(plain.peft_config) == ["default"]

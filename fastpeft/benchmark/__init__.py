@@ -10,6 +10,7 @@ from typing import Any
 
 from fastpeft.benchmark import (
     compiled,
+    dora,
     environment,
     fresh,
     gpu,
@@ -29,13 +30,14 @@ from fastpeft.benchmark.memory import SavedBytes, saved_bytes
 from fastpeft.benchmark.report import Report
 from fastpeft.benchmark.timing import Spread, Timing, interleave, torch_threads, wall_clock
 
-# Name -> cases(quick, device). The first eleven run anywhere, the others are tables of a large GPU.
+# Name -> cases(quick, device). The first twelve run anywhere, the others are tables of a large GPU.
 SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "layer": layer.layer_cases,
     "groups": groups.group_cases,
     "host": host.host_cases,
     "ia3": ia3.ia3_cases,
     "saved": layer.saved_cases,
+    "dora": dora.dora_cases,
     "model": model.model_cases,
     "saved-model": model.saved_model_cases,
     "peak": fresh.peak_cases,
@@ -50,7 +52,7 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "peers": peers.peer_cases,
 }
 DEFAULT_SUITES = (
-    "layer", "groups", "ia3", "host", "saved", "model", "saved-model", "peak", "first-step", "scaling",
+    "layer", "groups", "ia3", "dora", "host", "saved", "model", "saved-model", "peak", "first-step", "scaling",
     "compiled-model",
 )  # fmt: skip
 # The tables with targets first; the ones that take long, or that touch other libraries, last.

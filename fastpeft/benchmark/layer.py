@@ -56,7 +56,7 @@ class LayerCase(Case):
 
     def _step(self, layer: Any) -> Step:
         x, dout = self.batch()
-        wanted = [x, *adapter_weights(layer).values()]
+        wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
 
         def step() -> None:
             for tensor in wanted:

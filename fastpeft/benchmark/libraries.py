@@ -35,11 +35,14 @@ def lora_layer(
     dropout: float,
     alpha: float | None = None,
     fp32_adapters: bool = True,
+    use_dora: bool = False,
 ) -> Any:
     """`base` in the library's LoRA layer, made by `get_peft_model`, in training mode. lora_B is random, not zero."""
     model = nn.Sequential()
     model.add_module("linear", base)
-    config = library.LoraConfig(r=r, lora_alpha=alpha or 2 * r, target_modules=["linear"], lora_dropout=dropout)
+    config = library.LoraConfig(
+        r=r, lora_alpha=alpha or 2 * r, target_modules=["linear"], lora_dropout=dropout, use_dora=use_dora
+    )
     wrapped = library.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters).train()
     randomise_adapters(wrapped)
     return wrapped.base_model.model.linear
@@ -56,9 +59,12 @@ def lora_model(
 
 
 def randomise_adapters(model: nn.Module, seed: int = 0) -> None:
-    """Fill lora_A and lora_B with numbers that depend on the seed and the layers' order alone, not on the library."""
+    """Fill lora_A and lora_B with numbers that depend on the seed and the layers' order alone, not on the library.
+
+    DoRA's magnitudes stay as they start, at the norms of the base weight.
+    """
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and parameter.ndim > 1:
             generator = torch.Generator().manual_seed(seed)
             values = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
             with torch.no_grad():

@@ -49,6 +49,7 @@ def bench(
       layer           one LoRA linear, forward and backward
       groups          q/k/v and gate/up: linears that share their input
       ia3             one IA3 linear: its time, and the bytes it keeps
+      dora            one DoRA linear, beside a LoRA one
       host            one token without gradients: what Python and dispatch cost
       saved           bytes that a layer keeps for backward
       model           a training step of a small Llama, also under bf16 autocast

@@ -10,8 +10,8 @@ from fastpeft.cli.errors import CommandError
 
 # A run that goes on from a checkpoint must agree in these: they fix the model, the data and the order of the data.
 FIXED_ON_RESUME = (
-    "base", "dtype", "rank", "alpha", "dropout", "target_modules", "exclude_modules", "bias", "rslora", "init",
-    "modules_to_save", "layers", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_bias",
+    "base", "dtype", "rank", "alpha", "dropout", "target_modules", "exclude_modules", "bias", "rslora", "dora",
+    "init", "modules_to_save", "layers", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_bias",
     "block_size", "pack", "batch_size", "accumulation", "seed", "optimizer", "eval_fraction",
 )  # fmt: skip
 
@@ -35,6 +35,7 @@ class TrainSettings:
     exclude_modules: list[str] | str | None = None
     bias: str = "none"
     rslora: bool = False
+    dora: bool = False
     init: str = "default"
     modules_to_save: list[str] | None = None
     layers: list[int] | None = None
@@ -96,6 +97,7 @@ class TrainSettings:
             "exclude_modules": self.exclude_modules,
             "bias": self.bias,
             "use_rslora": self.rslora,
+            "use_dora": self.dora,
             "init_lora_weights": {"default": True, "none": False}.get(self.init, self.init),
             "modules_to_save": self.modules_to_save,
             "layers_to_transform": self.layers,

@@ -30,6 +30,7 @@ def train(
     bias: opt.Bias = "none",
     lora_bias: opt.LoraBias = False,
     rslora: opt.Rslora = False,
+    dora: opt.Dora = False,
     init: opt.Init = "default",
     epochs: opt.Epochs = 3.0,
     max_steps: opt.MaxSteps = None,

@@ -46,6 +46,7 @@ AlphaPattern = Annotated[str | None, option('Alphas of some layers, as JSON: {"q
 Bias = Annotated[Literal["none", "all", "lora_only"], option("Which biases of the base to train.", LORA)]
 LoraBias = Annotated[bool, option("Give the update a bias of its own.", LORA, "--lora-bias")]
 Rslora = Annotated[bool, option("Scale by alpha / sqrt(rank).", LORA, "--rslora")]
+Dora = Annotated[bool, option("DoRA: train the length of each weight row as well.", LORA, "--dora")]
 Init = Annotated[
     Literal["default", "gaussian", "none"],
     option("How the update starts: default and gaussian change nothing at first, none is random.", LORA),

@@ -26,6 +26,7 @@ class Base:
 
     module_type: type[nn.Module]
     supports_lora_bias = True
+    supports_dora = True
     fan_in_fan_out = False  # the weight is stored (K, N)
 
     def features(self, module: Any) -> tuple[int, int]:
@@ -100,6 +101,7 @@ class EmbeddingBase(Base):
 
     module_type = nn.Embedding
     supports_lora_bias = False
+    supports_dora = False
     fan_in_fan_out = True
 
     def features(self, module: Any) -> tuple[int, int]:

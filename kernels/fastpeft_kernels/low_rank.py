@@ -34,7 +34,7 @@ def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     for A_block, tiles in zip(_split(A, columns, dim=1), _tiles(x, mask, A.dtype, shape), strict=True):
         A_block = A_block.contiguous()
         for S_rows, tile in zip(_split(S, rows), tiles, strict=True):
-            _accumulate_(S_rows, tile, A_block)
+            accumulate_(S_rows, tile, A_block)
     return S.mul_(scale).to(A.dtype)
 
 
@@ -49,7 +49,7 @@ def outer(x: Tensor, S: Tensor, mask: Tensor | None) -> Tensor:
     St = [part.t().contiguous() for part in _split(S, rows)]
     for total_block, tiles in zip(_split(total, columns, dim=1), _tiles(x, mask, S.dtype, shape), strict=True):
         for St_rows, tile in zip(St, tiles, strict=True):
-            _accumulate_(total_block, St_rows, tile.t())
+            accumulate_(total_block, St_rows, tile.t())
     return total.to(S.dtype)
 
 
@@ -68,8 +68,8 @@ def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tenso
     for B_block, dB_block, tiles in blocks:
         Bt_block = B_block.t().contiguous()
         for dS_rows, St_rows, tile in zip(_split(dS, rows), St, tiles, strict=True):
-            _accumulate_(dS_rows, tile, Bt_block)
-            _accumulate_(dB_block, St_rows, tile.t())
+            accumulate_(dS_rows, tile, Bt_block)
+            accumulate_(dB_block, St_rows, tile.t())
     return dS.mul_(scale).to(S.dtype), dB.t().contiguous().to(S.dtype)
 
 
@@ -84,7 +84,7 @@ def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Te
         S, B = _bf16_halves(S), torch.cat([narrow, narrow], dim=1)
     if S.dtype == out.dtype and mask is None:
         return out.addmm_(S, B.t())
-    for rows in _row_chunks(*out.shape):
+    for rows in row_chunks(*out.shape):
         part = out[rows]
         delta = torch.mm(S[rows], B.t(), out=scratch("tile", part.shape, S.dtype, part))
         part.add_(delta if mask is None else apply_mask(delta, mask[rows], out=delta))
@@ -100,8 +100,9 @@ def _bf16_halves(t: Tensor) -> Tensor:
 # Tiles.
 
 
-def _row_chunks(M: int, columns: int) -> Iterator[slice]:
-    rows = max(64, TILE // max(columns, 1) // 64 * 64)
+def row_chunks(M: int, columns: int, tile: int | None = None) -> Iterator[slice]:
+    """Rows of an (M, columns) tensor, `tile` elements at a time, TILE unless given; 64 rows at least."""
+    rows = max(64, (tile or TILE) // max(columns, 1) // 64 * 64)
     return (slice(start, start + rows) for start in range(0, M, rows))
 
 
@@ -158,7 +159,7 @@ def _sum_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
+def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a bᵀ: a contiguous, b contiguous or the transpose of a contiguous tensor."""
     onednn = _onednn(a)
     if onednn is not None:

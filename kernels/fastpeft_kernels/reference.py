@@ -77,7 +77,7 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB); dx is empty, of shape (0,), where it is not needed."""
     dS, dB = output_pass(dout, B, S, scale)
-    dx = _add_dx_(torch.mm(dout, W), dS, A, mask) if need_dx else x.new_empty(0)
+    dx = add_dx_(torch.mm(dout, W), dS, A, mask) if need_dx else x.new_empty(0)
     return dx, outer(x, dS, mask), dB
 
 
@@ -124,10 +124,10 @@ def lora_group_backward(
     for dout, W in zip(douts[1:], Ws[1:], strict=True):
         dx.addmm_(dout, W)
     if together:
-        _add_dx_(dx, dS, torch.cat(list(As)), None)
+        add_dx_(dx, dS, torch.cat(list(As)), None)
     else:
         for dS_i, A, mask in zip(dSs, As, masks, strict=True):
-            _add_dx_(dx, dS_i, A, mask)
+            add_dx_(dx, dS_i, A, mask)
     return [dx, *dAs, *dBs]
 
 
@@ -157,11 +157,11 @@ def lora_add_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB) of the low-rank part alone; dx is empty, of shape (0,), where it is not needed."""
     dS, dB = output_pass(dout, B, S, scale)
-    dx = _add_dx_(torch.zeros(x.shape, dtype=x.dtype, device=x.device), dS, A, mask) if need_dx else x.new_empty(0)
+    dx = add_dx_(torch.zeros(x.shape, dtype=x.dtype, device=x.device), dS, A, mask) if need_dx else x.new_empty(0)
     return dx, outer(x, dS, mask), dB
 
 
-def _add_dx_(dx: Tensor, dS: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+def add_dx_(dx: Tensor, dS: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
     """dx += drop'(dS A) in place. Eager torch rounds this product to bf16 before it adds it: bf16 factors will do."""
     if dx.dtype == torch.bfloat16:
         dS, A = dS.to(dx.dtype), A.to(dx.dtype)

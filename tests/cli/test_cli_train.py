@@ -83,7 +83,18 @@ def test_train_reads(kind, cli, documents, tmp_path):
 
 
 def test_lora_options_reach_the_config(cli, documents, tmp_path):
-    options = ("--target-modules", "q_proj,up_proj", "--layers", "0-1,3", "--rslora", "--alpha", 3, "--dropout", 0.1)
+    options = (
+        "--target-modules",
+        "q_proj,up_proj",
+        "--layers",
+        "0-1,3",
+        "--rslora",
+        "--dora",
+        "--alpha",
+        3,
+        "--dropout",
+        0.1,
+    )
     patterns = ("--rank-pattern", '{"up_proj": 2}', "--alpha-pattern", '{"up_proj": 5}', "--init", "gaussian")
     answer = cli("train", BASE, "--data", documents, "--output", tmp_path / "out", *QUICK, *options, *patterns)
     assert answer.code == 0, answer.err
@@ -91,12 +102,13 @@ def test_lora_options_reach_the_config(cli, documents, tmp_path):
     assert set(config["target_modules"]) == {"q_proj", "up_proj"}
     assert config["layers_to_transform"] == [0, 1, 3]
     assert config["use_rslora"] is True
+    assert config["use_dora"] is True
     assert (config["lora_alpha"], config["lora_dropout"]) == (3, 0.1)
     assert config["alpha_pattern"] == {"up_proj": 5}
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     ranks = {name.split(".")[-3]: len(value) for name, value in weights.items() if ".lora_A." in name}
     assert ranks == {"q_proj": 4, "up_proj": 2}
-    assert len(weights) == 2 * 2 * 3
+    assert len(weights) == 3 * 2 * 3  # lora_A, lora_B and the magnitudes
 
 
 def test_training_options_run(cli, documents, tmp_path):

@@ -22,7 +22,6 @@ _NOT_BUILT = {
     "eva_config": "EVA initialisation",
     "corda_config": "CorDA initialisation",
     "lora_ga_config": "LoRA-GA initialisation",
-    "use_dora": "DoRA",
     "velora_config": "VeLoRA",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QA-LoRA",
@@ -43,7 +42,7 @@ class LoraRuntimeConfig:
     """What concerns the running program and not the adapter; never saved.
 
     Args:
-        ephemeral_gpu_offload: move offloaded weights to the GPU for DoRA's initialisation.
+        ephemeral_gpu_offload: move offloaded weights to the GPU for DoRA's initialisation; not built yet.
     """
 
     ephemeral_gpu_offload: bool = field(default=False)
@@ -74,6 +73,7 @@ class LoraConfig(PeftConfig):
         rank_pattern: names or regular expressions to ranks other than `r`.
         alpha_pattern: names or regular expressions to alphas other than `lora_alpha`.
         lora_bias: give lora_B a bias.
+        use_dora: train the length of each row of the weight apart from its direction (DoRA, arXiv:2402.09353).
 
     Raises:
         ValueError: a value that cannot work, or two fields that exclude one another.
@@ -151,7 +151,9 @@ class LoraConfig(PeftConfig):
                     f"its default ({_default(f)!r}), or use reference PEFT for this adapter"
                 )
         if self.runtime_config.ephemeral_gpu_offload:
-            raise NotImplementedError("ephemeral_gpu_offload serves DoRA, which is not supported yet; leave it False")
+            raise NotImplementedError(
+                "ephemeral_gpu_offload=True is not supported yet: DoRA starts where its weights are; leave it False"
+            )
         if isinstance(self.init_lora_weights, str) and _INITS_NOT_BUILT.fullmatch(self.init_lora_weights):
             raise NotImplementedError(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported yet: use True, False or 'gaussian'"
@@ -177,6 +179,8 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian'; got {init!r}")
         if self.lora_bias and init not in (True, False):
             raise ValueError(f"lora_bias=True needs init_lora_weights=True or False; got {init!r}")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias=True cannot be used with use_dora=True: leave one of them False")
 
     def _check_layer_selection(self) -> None:
         if isinstance(self.target_modules, str):

@@ -55,11 +55,11 @@ def fused_operands(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype, au
         return base
     parts = []
     for name in adapters:
-        if not layer.variants[name].fusable:
-            return f"{type(layer.variants[name]).__name__} has no op that owns the base product"
         found = adapter_parts(layer, name)
         if isinstance(found, str):
             return found
+        if (reason := layer.variants[name].obstacle(layer, name)) is not None:
+            return reason  # type: ignore[no-any-return]
         parts.append(found)
     W, bias = base
     if autocast:
@@ -75,6 +75,8 @@ def fused_operands(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype, au
     if len(parts) == 1:
         A, B, p = parts[0]
         return LoraOperands(W, bias, A, B, layer.scaling[adapters[0]], p)
+    if not all(layer.variants[name].is_a_sum for name in adapters):
+        return "one of several adapters is DoRA, which scales what the others add"
     if len({A.dtype for A, _, _ in parts}) > 1:
         return "the adapters differ in dtype"
     if any(p for _, _, p in parts):
@@ -82,6 +84,12 @@ def fused_operands(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype, au
     A = torch.cat([A for A, _, _ in parts])
     B = torch.cat([B * layer.scaling[name] for name, (_, B, _) in zip(adapters, parts, strict=True)], dim=1)
     return LoraOperands(W, bias, A, B, 1.0)
+
+
+def may_read_weights(layer: Any, adapter: str, x: Tensor) -> bool:
+    """Whether base weight and factors may go to an op that only looks at them, for an input x of the layer."""
+    weight = layer.get_base_layer()._parameters.get("weight")
+    return type(weight) is nn.Parameter and is_ordinary(x) and not isinstance(adapter_parts(layer, adapter), str)
 
 
 def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | None:
@@ -101,6 +109,8 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
     operands = fused_operands(layer, adapters, x.dtype, autocast)
     if isinstance(operands, str):
         return None
+    if not layer.variants[adapters[0]].is_a_sum:
+        return layer.variants[adapters[0]].fused(layer, adapters[0], x, operands)  # type: ignore[no-any-return]
     if group is not None and name is not None:
         members = {name: operands} | _sharing(group, name, operands, x, autocast)
         if len(members) > 1:
@@ -115,7 +125,9 @@ def _sharing(
     found = {}
     for other, sibling in group.siblings(name, x):
         adapters = sibling.adapters_to_apply()
-        theirs = fused_operands(sibling, adapters, x.dtype, autocast) if adapters else "nothing to apply"
+        if not adapters or not all(sibling.variants[adapter].is_a_sum for adapter in adapters):
+            continue
+        theirs = fused_operands(sibling, adapters, x.dtype, autocast)
         if isinstance(theirs, str):
             continue
         same_input = theirs.W.shape[1] == operands.W.shape[1] and theirs.W.device == operands.W.device
@@ -142,7 +154,9 @@ def path_of(layer: Any, adapters: Sequence[str]) -> tuple[str, str]:
         if isinstance(parts := adapter_parts(layer, name), str):
             return "plain", parts
     operands = fused_operands(layer, adapters, layer.get_base_layer().weight.dtype, autocast=False)
-    return ("added", operands) if isinstance(operands, str) else ("fused", "")
+    if not isinstance(operands, str):
+        return "fused", ""
+    return "added" if all(layer.variants[name].is_a_sum for name in adapters) else "plain", operands
 
 
 def sharing_siblings(layer: Any) -> tuple[str, ...]:
@@ -151,7 +165,10 @@ def sharing_siblings(layer: Any) -> tuple[str, ...]:
     if group is None or not sharing_is_on() or (name := group.name_of(layer)) is None:
         return ()
     weight = layer.get_base_layer().weight
-    operands = fused_operands(layer, layer.adapters_to_apply(), weight.dtype, autocast=False)
+    adapters = layer.adapters_to_apply()
+    if not all(layer.variants[adapter].is_a_sum for adapter in adapters):
+        return ()
+    operands = fused_operands(layer, adapters, weight.dtype, autocast=False)
     if isinstance(operands, str):
         return ()
     return tuple(_sharing(group, name, operands, weight.new_empty((1, weight.shape[1])), autocast=False))

@@ -26,8 +26,10 @@ class LoraLayer(nn.Module, BaseTunerLayer):
     their `input_group`, while their parent's forward runs.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias", "variants")
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names = (
+        "r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "variants",
+    )  # fmt: skip
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, lora_alpha: float, **kwargs: Any
@@ -50,11 +52,14 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self.lora_B = nn.ModuleDict({})
         self.lora_embedding_A = nn.ParameterDict({})
         self.lora_embedding_B = nn.ParameterDict({})
+        self.lora_magnitude_vector = nn.ModuleDict({})
         self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
         self.variants: dict[str, LoraVariant] = {}
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}  # with which the merged adapters were merged
+        self._merged_state: dict[str, Tensor | None] = {}  # what their variants must know to unmerge them
         self.cast_input_dtype_enabled = True
         self.input_group: InputGroup | None = None
         self._active_adapter = [adapter_name]
@@ -81,13 +86,17 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = config.use_dora
         self.lora_bias[adapter_name] = config.lora_bias
         self.variants[adapter_name] = variant_for(config)
         self.scaling[adapter_name] = self._initial_scale(adapter_name)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.base.create_factors(self, adapter_name, r, config.lora_bias)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        if adapter_name in self.lora_magnitude_vector:
+            del self.lora_magnitude_vector[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.variants[adapter_name].create_parameters(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str | None) -> None:
@@ -153,8 +162,10 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if names:
             self._check_mergeable(names)
-            self._store(*self._merged_tensors(names, safe_merge))
+            weight, bias, state = self._merged_tensors(names, safe_merge)
+            self._store(weight, bias)
             self.merged_adapters += names
+            self._merged_state |= state
             self._merged_scaling |= {name: self.scaling[name] for name in names}
 
     @torch.no_grad()
@@ -163,19 +174,24 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("no adapter is merged, nothing to do", stacklevel=2)
             return
+        self._store(*self._unmerged_tensors())
+        self.merged_adapters = []
+        self._merged_scaling = {}
+        self._merged_state = {}
+
+    def _unmerged_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """The base weight and bias without the merged adapters; new tensors where they differ."""
         module = self.get_base_layer()
         weight, bias = module.weight.data, getattr(module, "bias", None)
         scaling = dict(self.scaling)
         self.scaling.update(self._merged_scaling)
         try:
             for name in reversed(self.merged_adapters):
-                weight = self.variants[name].unmerge(self, name, weight)
+                weight = self.variants[name].unmerge(self, name, weight, self._merged_state[name])
                 bias = self._with_factor_bias(name, bias, -1)
         finally:
             self.scaling.update(scaling)
-        self._store(weight, bias)
-        self.merged_adapters = []
-        self._merged_scaling = {}
+        return weight, bias
 
     def _check_mergeable(self, names: Sequence[str]) -> None:
         for name in names:
@@ -188,19 +204,23 @@ class LoraLayer(nn.Module, BaseTunerLayer):
                 )
 
     @torch.no_grad()
-    def _merged_tensors(self, names: Sequence[str], safe: bool) -> tuple[Tensor, Tensor | None]:
-        """The base weight and bias with these adapters in them; new tensors where they differ."""
+    def _merged_tensors(
+        self, names: Sequence[str], safe: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor | None]]:
+        """The base weight and bias with these adapters in them, new tensors where they differ; and merge states."""
         module = self.get_base_layer()
         weight, bias = module.weight.data, getattr(module, "bias", None)
+        base_weight, _ = self._unmerged_tensors()
+        state = {name: self.variants[name].merge_state(self, name, base_weight) for name in names}
         for name in names:
-            weight = self.variants[name].merge(self, name, weight)
+            weight = self.variants[name].merge(self, name, weight, state[name])
             bias = self._with_factor_bias(name, bias, 1)
             if safe and not all(t is None or bool(t.isfinite().all()) for t in (weight, bias)):
                 raise ValueError(
                     f"merging adapter {name!r} would put NaN or infinity into the base weight; nothing was merged. "
                     "Look at the adapter's weights and at its scaling."
                 )
-        return weight, bias
+        return weight, bias, state
 
     @torch.no_grad()
     def _with_factor_bias(self, adapter: str, bias: Tensor | None, sign: int) -> Tensor | None:
@@ -273,6 +293,9 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         if adapter_names is None:
             return
         check_batch_size(x, adapter_names)
+        dora = sorted({name for name in adapter_names if self.use_dora.get(name, False)})
+        if dora:
+            raise ValueError(f"adapter_names cannot be used with DoRA adapters, and {dora} are; use them one at a time")
         if self.merged:
             raise ValueError(
                 f"adapter_names cannot be used while {self.merged_adapters} are merged; unmerge them first"
@@ -295,6 +318,7 @@ def check_adapter(base: Base, module: nn.Module, r: int, config: Any, where: str
 
     Raises:
         ValueError: the rank is no positive number, or lora_bias on a layer that cannot have it.
+        NotImplementedError: DoRA on a layer for which it is not built.
     """
     at = f" for {where}" if where else ""
     if isinstance(r, bool) or not isinstance(r, numbers.Integral) or r <= 0:
@@ -302,3 +326,9 @@ def check_adapter(base: Base, module: nn.Module, r: int, config: Any, where: str
     if config.lora_bias and not base.supports_lora_bias:
         kind = type(module).__name__
         raise ValueError(f"lora_bias=True is not possible{at}: {kind} has no bias; leave it out of target_modules")
+    if config.use_dora and not base.supports_dora:
+        kind = type(module).__name__
+        raise NotImplementedError(
+            f"use_dora=True is not supported yet on {kind}{at}: leave it out of target_modules, or adapt it "
+            "without DoRA"
+        )
