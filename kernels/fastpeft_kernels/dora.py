@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference_dora as reference
-from fastpeft_kernels.dispatch import no_autocast, use_triton
+from fastpeft_kernels.dispatch import current_product, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
 from fastpeft_kernels.lora import autocast_operands, check_linear
 
@@ -131,6 +131,8 @@ def _run_linear(
     scaling: float,
     keep_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if current_product() == "own":
+        raise RuntimeError('DoRA takes its base products from the library, not product "own": take "auto" or "library"')
     with no_autocast(x):
         if use_triton(x):
             from fastpeft_kernels.gpu import dora as gpu

@@ -10,7 +10,7 @@ from lora_operands import BACKENDS, DTYPES, LAYOUTS, SHAPES, leaves, operands, r
 from numerics import assert_as_close_as_torch
 from torch import Tensor
 
-from fastpeft_kernels import backend, dora, dora_linear, dora_norm, reference
+from fastpeft_kernels import backend, dora, dora_linear, dora_norm, product, reference
 
 
 def eager_dora(
@@ -286,6 +286,13 @@ def test_errors(change, message, device):
     t |= {key: make(t) for key, make in change.items()}
     with pytest.raises(ValueError, match=message):
         dora_linear(*inputs_of(t), t["p"])
+
+
+@pytest.mark.parametrize("path", BACKENDS)
+def test_our_own_product_is_refused(path, device):
+    t = dora_operands((9, 24, 20, 4), (torch.float32, torch.float32), device)
+    with backend(path), product("own"), pytest.raises(RuntimeError, match='not product "own"'):
+        dora_linear(*inputs_of(t))
 
 
 def test_errors_of_the_norm(device):
