@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference
-from fastpeft_kernels.dispatch import no_autocast, use_triton
+from fastpeft_kernels.dispatch import current_product, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
 from fastpeft_kernels.lora import autocast_operands, check_linear, inferring_few
 
@@ -96,6 +96,10 @@ def _run_group(
     scales: Sequence[float],
 ) -> list[Tensor]:
     """[out_1, out_2, ..., S]."""
+    if current_product() == "own":
+        raise RuntimeError(
+            'a group sums its base products in the library\'s, not product "own": take "auto" or "library"'
+        )
     if use_triton(x):
         from fastpeft_kernels.gpu import lora_group as gpu  # triton is imported when first needed
 

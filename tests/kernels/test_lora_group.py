@@ -9,7 +9,7 @@ from lora_operands import BACKENDS, DTYPES, LAYOUTS, eager_add, eager_linear, op
 from numerics import assert_as_close_as_torch
 from torch import Tensor
 
-from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear, reference
+from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear, product, reference
 from fastpeft_kernels.lora_group import _lora_group, _lora_group_backward
 
 lora_group_module = importlib.import_module("fastpeft_kernels.lora_group")  # the package's name is the function's
@@ -223,6 +223,13 @@ def test_autocast_computes_as_the_single_op(device):
     for key in single:
         assert ours[key].dtype == single[key].dtype
         torch.testing.assert_close(ours[key], single[key], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("path", BACKENDS)
+def test_our_own_product_is_refused(path, device):
+    x, members, _ = make_group(9, 24, (torch.float32, torch.float32), device)
+    with backend(path), product("own"), pytest.raises(RuntimeError, match='not product "own"'):
+        lora_group(x, members)
 
 
 def test_errors(device):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastpeft
 from fastpeft.tuners.lora import fused
 from fastpeft.tuners.shared_inputs import calls_on_one_variable
+from fastpeft_kernels import product
 
 
 class Attention(nn.Module):
@@ -376,6 +377,11 @@ def test_explain_shows_the_groups():
     with fastpeft.share_inputs(False):
         assert not any(layer.shares for layer in fastpeft.explain(model))
     assert "shares" in str(fastpeft.explain(model)).splitlines()[0]
+
+
+def test_our_own_product_takes_layers_one_by_one():
+    with product("own"):
+        assert not any(layer.shares for layer in fastpeft.explain(adapted()))
 
 
 def test_switch_is_restored_after_an_error():

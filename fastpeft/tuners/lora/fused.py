@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastpeft.tuners.eligibility import base_parts, is_ordinary, plain_weight, watched, watched_everywhere
 from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
-from fastpeft_kernels import LoraOperands, lora_add, lora_group, lora_linear
+from fastpeft_kernels import LoraOperands, current_product, lora_add, lora_group, lora_linear
 
 
 def adapter_parts(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | str:
@@ -122,6 +122,8 @@ def _sharing(
     group: InputGroup, name: str, operands: LoraOperands, x: Tensor, autocast: bool
 ) -> dict[str, LoraOperands]:
     """The siblings that one op can compute along with the layer `name`."""
+    if current_product() == "own":  # it takes layers one by one
+        return {}
     found = {}
     for other, sibling in group.siblings(name, x):
         adapters = sibling.adapters_to_apply()
