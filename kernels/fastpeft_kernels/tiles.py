@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 Kernel = Literal["shrink", "expand", "outer", "output_pass", "input_pass"]
+GroupKernel = Literal["shrink", "input_pass"]
 Units = Literal["bf16", "tf32"]
 
 
@@ -60,6 +61,21 @@ FUSED_TILES: dict[Kernel, dict[Units, dict[int, Tile]]] = {
     },
 }
 
+# Kernels that take a tile of the shared input through every member of a group. A member has a block to itself, of the
+# rank class of the largest; a launch takes blocks of GROUP_COLUMNS together: what does not fit is another launch.
+GROUP_TILES: dict[GroupKernel, dict[Units, dict[int, Tile]]] = {
+    "shrink": {
+        "bf16": {16: Tile(64, 64, 16, 8, 2), 32: Tile(64, 64, 32, 8, 2), 64: Tile(64, 32, 64, 8, 2)},
+        "tf32": {16: Tile(64, 32, 16, 8, 2), 32: Tile(64, 32, 32, 8, 2), 64: Tile(64, 32, 64, 8, 2)},
+    },
+    "input_pass": {
+        "bf16": {16: Tile(32, 64, 16, 8, 2), 32: Tile(32, 64, 32, 8, 2), 64: Tile(64, 32, 64, 8, 2)},
+        "tf32": {16: Tile(32, 64, 16, 8, 1), 32: Tile(32, 64, 32, 8, 1)},
+    },
+}
+GROUP_COLUMNS = 64
+MOST_MEMBERS = 4  # of one launch
+
 ROWS_PER_PLANE = 512  # the fewest rows that one fp32 plane of a split reduction over M sums
 PROGRAMS = 512  # with that many the largest GPU is busy: more planes than it takes to get there only cost bytes
 SPLIT_K_BELOW = 64  # programs: with fewer, shrink splits K as well
@@ -84,6 +100,19 @@ def fused_tile(kernel: Kernel, wide: torch.dtype, narrow: torch.dtype, r: int) -
     """The tile of a kernel that does two products in one pass; None where two kernels do better."""
     found = FUSED_TILES[kernel][units(wide, narrow)].get(rank_class(r))
     return found if found and r <= found.BLOCK_R else None
+
+
+def group_tile(kernel: GroupKernel, wide: torch.dtype, narrow: torch.dtype, largest_rank: int) -> Tile | None:
+    """The tile of a kernel that serves a group in one pass; None where each member takes a pass of its own."""
+    found = GROUP_TILES[kernel][units(wide, narrow)].get(rank_class(largest_rank))
+    return found if found and largest_rank <= found.BLOCK_R else None
+
+
+def group_launches(members: int, BLOCK_R: int) -> list[slice]:
+    """Which members go together: as few launches as can be, of nearly equal size."""
+    launches = _cdiv(members, min(MOST_MEMBERS, GROUP_COLUMNS // BLOCK_R))
+    size = _cdiv(members, launches)
+    return [slice(i, min(i + size, members)) for i in range(0, members, size)]
 
 
 def row_bands(M: int, column_blocks: int, BLOCK_M: int) -> tuple[int, int]:
