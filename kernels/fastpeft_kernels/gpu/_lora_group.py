@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft_kernels.gpu._lora_backward import outer_planes
-from fastpeft_kernels.gpu._lora_forward import expand, shrink, split_columns
+from fastpeft_kernels.gpu._lora_backward import input_pass, outer_planes
+from fastpeft_kernels.gpu._lora_forward import expand, shrink, shrink_planes, split_columns
 from fastpeft_kernels.gpu._numerics import exact_product, keep, kept, product_for, round_to
 from fastpeft_kernels.gpu._planes import store_plane
-from fastpeft_kernels.tiles import MOST_MEMBERS, GroupKernel, Tile, group_launches, group_tile, row_bands
+from fastpeft_kernels.tiles import GroupKernel, GroupTile, group_launches, group_tile, row_bands
+
+SLOTS = 3  # members that a kernel has arguments for
 
 
 @triton.jit
@@ -46,9 +48,9 @@ def _store_member(s_ptr, acc, scale, offs_m, first, r, M, stride_sm, BLOCK_R: tl
 
 @triton.jit
 def _group_shrink_kernel(
-    x_ptr, a0_ptr, a1_ptr, a2_ptr, a3_ptr, mask0_ptr, mask1_ptr, mask2_ptr, mask3_ptr, s_ptr,
+    x_ptr, a0_ptr, a1_ptr, a2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, s_ptr,
     # (M, K), (r_i, K), (M, ⌈K / 32⌉), (splits, M, Σr_i); rows of x contiguous, A_i as a whole
-    M, K, r0, r1, r2, r3, k_per_split, scale0, scale1, scale2, scale3,
+    M, K, r0, r1, r2, k_per_split, scale0, scale1, scale2,
     stride_xm, stride_mask, stride_sp, stride_sm,
     MEMBERS: tl.constexpr, MASKED: tl.constexpr,  # bit i: member i has a mask
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -57,7 +59,7 @@ def _group_shrink_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     end = tl.minimum(K, (split + 1) * k_per_split)
     acc0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    acc1, acc2, acc3 = acc0, acc0, acc0
+    acc1, acc2 = acc0, acc0
     for start in range(split * k_per_split, end, BLOCK_C):
         offs_k = start + tl.arange(0, BLOCK_C)
         inside = (offs_m < M)[:, None] & (offs_k < end)[None, :]
@@ -75,19 +77,12 @@ def _group_shrink_kernel(
                 x, acc2, a2_ptr, mask2_ptr, offs_m, offs_k, inside, end, r2, K, stride_mask, MASKED // 4 % 2 == 1,
                 BLOCK_R,
             )  # fmt: skip
-        if MEMBERS > 3:
-            acc3 = _shrink_member(
-                x, acc3, a3_ptr, mask3_ptr, offs_m, offs_k, inside, end, r3, K, stride_mask, MASKED // 8 % 2 == 1,
-                BLOCK_R,
-            )  # fmt: skip
     s_ptr += split * stride_sp
     _store_member(s_ptr, acc0, scale0, offs_m, 0, r0, M, stride_sm, BLOCK_R)
     if MEMBERS > 1:
         _store_member(s_ptr, acc1, scale1, offs_m, r0, r1, M, stride_sm, BLOCK_R)
     if MEMBERS > 2:
         _store_member(s_ptr, acc2, scale2, offs_m, r0 + r1, r2, M, stride_sm, BLOCK_R)
-    if MEMBERS > 3:
-        _store_member(s_ptr, acc3, scale3, offs_m, r0 + r1 + r2, r3, M, stride_sm, BLOCK_R)
 
 
 def group_shrink_planes(
@@ -99,6 +94,8 @@ def group_shrink_planes(
     or rows are not contiguous.
     """
     t = _fitting_tile("shrink", x, As, masks)
+    if len(As) == 1:
+        return shrink_planes(x, As[0], masks[0], scales[0])
     if t is None:
         parts = [shrink(x, A, mask, scale) for A, mask, scale in zip(As, masks, scales, strict=True)]
         return torch.cat(parts, dim=1).unsqueeze(0)
@@ -106,7 +103,7 @@ def group_shrink_planes(
     row_blocks, splits, k_per_split = split_columns(M, K, t)
     S = torch.empty((splits, M, R), dtype=As[0].dtype if splits == 1 else torch.float32, device=x.device)
     first = 0
-    for part in group_launches(len(As), t.BLOCK_R):
+    for part in group_launches(len(As), t.members):
         ranks = [A.shape[0] for A in As[part]]
         if M and sum(ranks):
             with torch.cuda.device_of(x):
@@ -148,10 +145,10 @@ def _input_member(
 
 @triton.jit
 def _group_input_kernel(
-    x_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr, a0_ptr, a1_ptr, a2_ptr, a3_ptr, mask0_ptr, mask1_ptr, mask2_ptr, mask3_ptr,
-    plane0_ptr, plane1_ptr, plane2_ptr, plane3_ptr, dx_ptr,
+    x_ptr, s0_ptr, s1_ptr, s2_ptr, a0_ptr, a1_ptr, a2_ptr, mask0_ptr, mask1_ptr, mask2_ptr,
+    plane0_ptr, plane1_ptr, plane2_ptr, dx_ptr,
     # (M, K), (M, r_i), (r_i, K), (M, ⌈K / 32⌉), (bands, r_i, K), (M, K); rows of x contiguous, the others as a whole
-    M, K, r0, r1, r2, r3, rows,
+    M, K, r0, r1, r2, rows,
     stride_xm, stride_mask,
     MEMBERS: tl.constexpr, MASKED: tl.constexpr, NEED_DX: tl.constexpr, ADD: tl.constexpr,  # ADD: onto what is in dx
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -162,13 +159,11 @@ def _group_input_kernel(
     mask_k = (offs_k < K)[None, :]
     a0 = _load_rows(a0_ptr, offs_k, r0, K, BLOCK_R)
     da0 = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    a1, a2, a3, da1, da2, da3 = a0, a0, a0, da0, da0, da0
+    a1, a2, da1, da2 = a0, a0, da0, da0
     if MEMBERS > 1:
         a1 = _load_rows(a1_ptr, offs_k, r1, K, BLOCK_R)
     if MEMBERS > 2:
         a2 = _load_rows(a2_ptr, offs_k, r2, K, BLOCK_R)
-    if MEMBERS > 3:
-        a3 = _load_rows(a3_ptr, offs_k, r3, K, BLOCK_R)
     end = tl.minimum(M, (band + 1) * rows)
     for start in range(band * rows, end, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
@@ -192,11 +187,6 @@ def _group_input_kernel(
                 x, dx, da2, s2_ptr, a2, mask2_ptr, offs_m, offs_k, inside, end, r2, stride_mask, dtype,
                 NEED_DX, MASKED // 4 % 2 == 1, BLOCK_R,
             )  # fmt: skip
-        if MEMBERS > 3:
-            dx, da3 = _input_member(
-                x, dx, da3, s3_ptr, a3, mask3_ptr, offs_m, offs_k, inside, end, r3, stride_mask, dtype,
-                NEED_DX, MASKED // 8 % 2 == 1, BLOCK_R,
-            )  # fmt: skip
         if NEED_DX:
             tl.store(dx_ptrs, round_to(dx, dtype), mask=inside)
     offs_r = tl.arange(0, BLOCK_R)
@@ -205,8 +195,6 @@ def _group_input_kernel(
         store_plane(plane1_ptr + band * K * r1, da1, offs_k, offs_r, K, r1, 1, K)
     if MEMBERS > 2:
         store_plane(plane2_ptr + band * K * r2, da2, offs_k, offs_r, K, r2, 1, K)
-    if MEMBERS > 3:
-        store_plane(plane3_ptr + band * K * r3, da3, offs_k, offs_r, K, r3, 1, K)
 
 
 def group_input_pass(
@@ -227,7 +215,7 @@ def group_input_pass(
     dtype = As[0].dtype if bands == 1 else torch.float32
     planes = [torch.empty((bands, *A.shape), dtype=dtype, device=x.device) for A in As]
     dx = torch.empty((M, K) if need_dx else 0, dtype=x.dtype, device=x.device)
-    for part in group_launches(len(As), t.BLOCK_R):
+    for part in group_launches(len(As), t.members):
         ranks = [A.shape[0] for A in As[part]]
         if K:
             with torch.cuda.device_of(x):
@@ -244,27 +232,30 @@ def _input_passes(
     x: Tensor, dSs: Sequence[Tensor], As: Sequence[Tensor], masks: Sequence[Tensor | None], need_dx: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """`group_input_pass` by the kernels of one layer."""
-    dx = None
-    if need_dx:
-        for dS, A, mask in zip(dSs, As, masks, strict=True):
-            dx = expand(dS, A.t(), x.dtype, base=dx, mask=mask)
-    planes = [outer_planes(x, dS, mask) for dS, mask in zip(dSs, masks, strict=True)]
-    return x.new_empty(0) if dx is None else dx, planes
+    if not need_dx:
+        return x.new_empty(0), [outer_planes(x, dS, mask) for dS, mask in zip(dSs, masks, strict=True)]
+    dx, planes = input_pass(x, dSs[0], As[0], masks[0])
+    more = [outer_planes(x, dS, mask) for dS, mask in zip(dSs[1:], masks[1:], strict=True)]
+    for dS, A, mask in zip(dSs[1:], As[1:], masks[1:], strict=True):
+        dx = expand(dS, A.t(), x.dtype, base=dx, mask=mask)
+    return dx, [planes, *more]
 
 
-def _fitting_tile(kernel: GroupKernel, x: Tensor, As: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tile | None:
-    """The tile of a kernel of this module; None where it cannot run on these operands."""
+def _fitting_tile(
+    kernel: GroupKernel, x: Tensor, As: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> GroupTile | None:
+    """The tile of a kernel of this module; None where it cannot run on these operands, or would serve one layer."""
     dense = all(t is None or t.is_contiguous() for t in [*As, *masks])
-    if not dense or x.stride(1) != 1:
+    if len(As) == 1 or not dense or x.stride(1) != 1:
         return None
     return group_tile(kernel, x.dtype, As[0].dtype, max(A.shape[0] for A in As))
 
 
-# Kernels take MOST_MEMBERS of everything: those that are not there repeat the first and are not looked at.
+# Kernels take SLOTS of everything: those that are not there repeat the first and are not looked at.
 
 
 def _filled(values: Sequence[Any]) -> list[Any]:
-    return [*values, *[values[0]] * (MOST_MEMBERS - len(values))]
+    return [*values, *[values[0]] * (SLOTS - len(values))]
 
 
 def _pointers(masks: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ the first, which accumulates onto the ones before it (tests/kernels/test_group_b
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -20,7 +21,7 @@ from fastpeft_kernels.gpu._lora_forward import expand_planes
 from fastpeft_kernels.gpu._lora_group import group_input_pass, group_shrink_planes
 from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu.lora import MIXES
-from fastpeft_kernels.tiles import GROUP_COLUMNS, GROUP_TILES, MOST_MEMBERS, GroupKernel, Tile, units
+from fastpeft_kernels.tiles import GROUP_TILES, GroupKernel, GroupTile, units
 
 
 def lora_group(
@@ -80,15 +81,19 @@ def compile_cases() -> Iterator[CompileCase]:
     for (kernel, fn), mix in product(kernels.items(), MIXES):
         wide, narrow = (getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[t]) for t in mix)
         for t in GROUP_TILES[kernel][units(wide, narrow)].values():
-            most = min(MOST_MEMBERS, GROUP_COLUMNS // t.BLOCK_R)
-            for members in range(1, most + 1) if mix == ("bf16", "fp32") else [most]:
+            full = _case(kernel, fn, t, mix, t.members, masked=True)
+            yield full
+            if mix != ("bf16", "fp32"):
+                continue
+            yield _case(kernel, fn, t, mix, t.members, masked=False)
+            for members in range(2 if t.members > 2 else 1, t.members):  # as `group_launches` divides two or more
                 yield _case(kernel, fn, t, mix, members, masked=True)
-            if mix == ("bf16", "fp32"):
-                yield _case(kernel, fn, t, mix, most, masked=False)
+            if t.BLOCK_R == 16:  # nearly full: with ranks of no multiple of 16, too
+                yield replace(full, name=f"{full.name}-r8", unaligned=("r0", "r1", "r2", "stride_sm"))
 
 
 def _case(
-    kernel: GroupKernel, fn: triton.JITFunction, t: Tile, mix: tuple[str, str], members: int, masked: bool
+    kernel: GroupKernel, fn: triton.JITFunction, t: GroupTile, mix: tuple[str, str], members: int, masked: bool
 ) -> CompileCase:
     wide, narrow = mix
     kinds = {"x": wide, "dx": wide, "mask": "i32", "a": narrow, "s": narrow, "plane": "fp32"}
@@ -99,7 +104,7 @@ def _case(
     signature = {}
     for name in fn.arg_names:
         kind = "fp32" if name.startswith("scale") else "i32"
-        pointee = kinds.get(name.removesuffix("_ptr").rstrip("0123")) if name.endswith("_ptr") else None
+        pointee = kinds.get(name.removesuffix("_ptr").rstrip("012")) if name.endswith("_ptr") else None
         signature[name] = "constexpr" if name in constexprs else f"*{pointee}" if pointee else kind
     return CompileCase(
         f"{kernel}-{members}xr{t.BLOCK_R}-{wide}-{narrow}{'' if masked else '-bare'}", fn, signature,
