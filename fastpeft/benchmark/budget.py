@@ -17,14 +17,18 @@ import numpy as np
 import torch
 
 from fastpeft.benchmark.traffic import Traffic, counting
-from fastpeft_kernels import backend, lora_linear
+from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear
 from fastpeft_kernels.tiles import fused_tile, row_bands, tile
 
 H200_BYTES_PER_SECOND = 4.3e12  # measured, copy
 
 # What the kernels' arguments are. Every program reads its part of a factor anew; caches hold factors.
-PLANES = frozenset({"plane_ptr", "ds_ptr", "db_ptr", "first_ptr", "second_ptr"})
-FACTORS = frozenset({"a_ptr", "b_ptr", "s_ptr", "total_ptr", "bias_ptr", "seed_ptr", "first_out_ptr", "second_out_ptr"})
+_SLOTS = range(3)  # members of a group in one launch
+PLANES = frozenset({"plane_ptr", "ds_ptr", "db_ptr", "first_ptr", "second_ptr", *(f"plane{i}_ptr" for i in _SLOTS)})
+FACTORS = frozenset(
+    {"a_ptr", "b_ptr", "s_ptr", "total_ptr", "bias_ptr", "seed_ptr", "first_out_ptr", "second_out_ptr"}
+    | {f"{factor}{i}_ptr" for factor in "as" for i in _SLOTS}
+)
 
 # M, K, N at which the terms tell themselves apart: bands and strips enough that dS, dA and dB are sums of planes, and K
 # so small that S is not, as with many rows.
@@ -65,6 +69,25 @@ def count(
             out = lora_linear(x, W, None, A, B, 1.0, dropout)
         with counting(W, cached=FACTORS) as backward:
             torch.autograd.backward(out, dout)
+    return forward, backward
+
+
+def count_group(
+    M: int, K: int, Ns: Sequence[int], r: int, dropout: float = 0.0, adapters: torch.dtype = torch.float32
+) -> tuple[Traffic, Traffic]:
+    """As `count`, for layers of widths `Ns` that share their input and run as one op."""
+    x = torch.randn(M, K).bfloat16().requires_grad_()
+    douts = [torch.randn(M, N).bfloat16() for N in Ns]
+    pairs = [[torch.randn(*shape).to(adapters).requires_grad_() for shape in ((r, K), (N, r))] for N in Ns]
+    Ws = [torch.randn(N, K).bfloat16() for N in Ns]
+    members = [
+        LoraOperands(W, None, A, B, 1.0 + i, dropout) for i, (W, (A, B)) in enumerate(zip(Ws, pairs, strict=True))
+    ]
+    with backend("triton"):
+        with counting(*Ws, cached=FACTORS) as forward:
+            outs = lora_group(x, members)
+        with counting(*Ws, cached=FACTORS) as backward:
+            torch.autograd.backward(outs, douts)
     return forward, backward
 
 

@@ -7,7 +7,8 @@ Kept for backward: x by reference, once; S = [S_1 S_2 ...] (M x Σr); one bit an
 
 Traffic beyond n frozen linears, 16-bit x, forward + backward, N = Σ N_i: S reads x (2MK), the low-rank parts are C
 operands (4MN), dS and dB read dout (2MN), dA reads x (2MK), dx is one C operand (4MK): 8MK + 6MN for the whole group,
-less the 6MK (n - 1) that adding up dx costs three separate layers; n MK/8 for each pass over masks.
+and n MK/8 for each pass over masks. Each base product of dx but the first reads the sum so far as well, 2MK, where
+autograd would add the dx of separate layers at 6MK. Counted in tests/kernels/test_group_budget.py.
 """
 
 from collections.abc import Sequence

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 Kernel = Literal["shrink", "expand", "outer", "output_pass", "input_pass"]
+GroupKernel = Literal["shrink", "input_pass"]
 Units = Literal["bf16", "tf32"]
 
 
@@ -23,6 +24,13 @@ class Tile:
     BLOCK_R: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class GroupTile(Tile):
+    """A tile for layers that share their input: at most `members` of them in one launch, the others in another."""
+
+    members: int
 
 
 # kernel -> rank class -> tile. The rank class is the rank rounded up to a power of two, at most the last one listed;
@@ -60,6 +68,31 @@ FUSED_TILES: dict[Kernel, dict[Units, dict[int, Tile]]] = {
     },
 }
 
+# Kernels that take a tile of the shared input through every member of a group, each with a block of the rank to itself:
+# of the rank class of the largest. Tiles are small, because the masks and factors of all members are held at once.
+GROUP_TILES: dict[GroupKernel, dict[Units, dict[int, GroupTile]]] = {
+    "shrink": {
+        "bf16": {
+            16: GroupTile(64, 32, 16, 8, 2, members=3),
+            32: GroupTile(64, 32, 32, 8, 2, members=2),
+            64: GroupTile(64, 32, 64, 8, 2, members=1),
+        },
+        "tf32": {
+            16: GroupTile(64, 32, 16, 8, 2, members=3),
+            32: GroupTile(32, 32, 32, 8, 2, members=2),
+            64: GroupTile(32, 32, 64, 8, 2, members=1),
+        },
+    },
+    "input_pass": {
+        "bf16": {
+            16: GroupTile(32, 32, 16, 8, 2, members=3),
+            32: GroupTile(16, 32, 32, 8, 2, members=2),
+            64: GroupTile(64, 32, 64, 8, 2, members=1),
+        },
+        "tf32": {16: GroupTile(16, 32, 16, 8, 1, members=3), 32: GroupTile(32, 64, 32, 8, 1, members=1)},
+    },
+}
+
 ROWS_PER_PLANE = 512  # the fewest rows that one fp32 plane of a split reduction over M sums
 PROGRAMS = 512  # with that many the largest GPU is busy: more planes than it takes to get there only cost bytes
 SPLIT_K_BELOW = 64  # programs: with fewer, shrink splits K as well
@@ -84,6 +117,19 @@ def fused_tile(kernel: Kernel, wide: torch.dtype, narrow: torch.dtype, r: int) -
     """The tile of a kernel that does two products in one pass; None where two kernels do better."""
     found = FUSED_TILES[kernel][units(wide, narrow)].get(rank_class(r))
     return found if found and r <= found.BLOCK_R else None
+
+
+def group_tile(kernel: GroupKernel, wide: torch.dtype, narrow: torch.dtype, largest_rank: int) -> GroupTile | None:
+    """The tile of a kernel that serves a group in one pass; None where each member takes a pass of its own."""
+    found = GROUP_TILES[kernel][units(wide, narrow)].get(rank_class(largest_rank))
+    return found if found and largest_rank <= found.BLOCK_R else None
+
+
+def group_launches(members: int, most: int) -> list[slice]:
+    """Which members go together, at most so many: as few launches as can be, of nearly equal size."""
+    launches = _cdiv(members, most)
+    ends = [members * (i + 1) // launches for i in range(launches)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def row_bands(M: int, column_blocks: int, BLOCK_M: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """lora_group: as close to fp64 as the separate layers of eager torch, on both backends."""
 
 import importlib
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ WIDTHS, RANKS, SCALES = (65, 40, 96), (4, 16, 7), (0.7, 1.3, 0.4)
 TRAINED = ("bias", "lora_A", "lora_B")
 
 
-def make_group(M: int, K: int, dtypes: tuple[torch.dtype, torch.dtype], device: str) -> tuple[Tensor, list[Any], list]:
-    """x, three members of mixed widths and ranks, and a gradient for each output."""
-    parts = [operands((M, K, N, r), dtypes, device) for N, r in zip(WIDTHS, RANKS, strict=True)]
-    members = [LoraOperands(p["W"], p["bias"], p["A"], p["B"], s) for p, s in zip(parts, SCALES, strict=True)]
+def make_group(
+    M: int, K: int, dtypes: tuple[torch.dtype, torch.dtype], device: str, ranks: tuple[int, ...] = RANKS
+) -> tuple[Tensor, list[Any], list]:
+    """x, a member of a width and a scaling of its own for each rank, and a gradient for each output."""
+    parts = [operands((M, K, N, r), dtypes, device) for N, r in zip(cycle(WIDTHS), ranks, strict=False)]
+    members = [LoraOperands(p["W"], p["bias"], p["A"], p["B"], s) for p, s in zip(parts, cycle(SCALES), strict=False)]
     return parts[0]["x"], members, [p["dout"] for p in parts]
 
 
@@ -95,18 +98,16 @@ def test_several_tiles(device):
     assert_close(ours, eager, results(eager_group(*exact_in), *exact_in, douts))
 
 
-@pytest.mark.parametrize("path", BACKENDS)
-def test_dropout_is_independent_and_the_same_in_backward(path, device, monkeypatch):
-    """One member without dropout among two with: each takes its own mask, in the order of the members."""
-    x, members, douts = make_group(66, 72, (torch.bfloat16, torch.float32), device)
-    members = [member._replace(dropout_p=p) for member, p in zip(members, (0.4, 0.0, 0.4), strict=True)]
-    masks = [reference.draw_mask(66, 72, 0.4, torch.device(device)) for _ in range(2)]
-    assert not torch.equal(*masks)
-    monkeypatch.setattr(lora_group_module, "draw_mask", lambda x, p, copies: torch.cat(masks))
-    keeps = [
-        None if m.dropout_p == 0 else reference.apply_mask(torch.ones(66, 72), masks[i // 2])
-        for i, m in enumerate(members)
-    ]
+def check_with_masks(path, shape, ranks, ps, dtypes, device, monkeypatch):
+    """The op, with a mask of our own for each member whose p is 0.4, against the formula with that mask."""
+    x, members, douts = make_group(*shape, dtypes, device, ranks)
+    members = [member._replace(dropout_p=p) for member, p in zip(members, ps, strict=True)]
+    masks = [reference.draw_mask(*shape, p, torch.device(device)) if p else None for p in ps]
+    drawn = [mask for mask in masks if mask is not None]
+    assert not any(torch.equal(mask, other) for i, mask in enumerate(drawn) for other in drawn[:i])
+    monkeypatch.setattr(lora_group_module, "draw_mask", lambda x, p, copies: torch.cat(drawn))
+    ones = torch.ones(shape, device=device)
+    keeps = [None if mask is None else reference.apply_mask(ones, mask) for mask in masks]
 
     def masked(x: Tensor, members: list[LoraOperands]) -> list[Tensor]:
         outs = []
@@ -124,6 +125,33 @@ def test_dropout_is_independent_and_the_same_in_backward(path, device, monkeypat
     for key in eager:
         allowed = eager[key].double() + 2e-5 * exact[key].abs().max()  # 1 - p is rounded to a multiple of 2^-16
         assert_as_close_as_torch(key, ours[key], allowed, exact[key], eager[key].dtype)
+
+
+@pytest.mark.parametrize("path", BACKENDS)
+def test_dropout_is_independent_and_the_same_in_backward(path, device, monkeypatch):
+    """One member without dropout among two with: each takes its own mask, in the order of the members."""
+    dtypes = (torch.bfloat16, torch.float32)
+    check_with_masks(path, (66, 72), RANKS, (0.4, 0.0, 0.4), dtypes, device, monkeypatch)
+
+
+@pytest.mark.parametrize("path", BACKENDS)
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "ranks", "ps"),
+    [
+        ((66, 72), (32, 20, 32), (0.0, 0.0, 0.0)),  # more than one launch takes: a second adds onto dx
+        ((66, 72), (32, 20, 32), (0.0, 0.4, 0.4)),
+        ((40, 72), (16, 16, 3, 1, 16), (0.0, 0.0, 0.0, 0.0, 0.0)),
+        ((40, 72), (16, 16, 3, 1, 16), (0.4, 0.0, 0.4, 0.4, 0.0)),
+        ((40, 40), (64, 24), (0.4, 0.4)),  # a launch for each
+        ((40, 40), (80, 4), (0.0, 0.4)),  # more than a block of the rank: the kernels of one layer
+        ((3, 1000), (16, 16, 16), (0.0, 0.0, 0.0)),  # few rows: planes of S
+        ((3, 1000), (32, 8, 16), (0.4, 0.4, 0.0)),
+    ],
+    ids=str,
+)
+def test_ranks_and_masks(path, dtypes, shape, ranks, ps, device, monkeypatch):
+    check_with_masks(path, shape, ranks, ps, dtypes, device, monkeypatch)
 
 
 @pytest.mark.parametrize("path", BACKENDS)

@@ -43,9 +43,9 @@ def _piece(dout_ptr, offs_m, offs_n, stride_dm, inside, b, s, ds, db):
 @triton.jit
 def _output_pass_kernel(
     dout_ptr, b_ptr, s_ptr, ds_ptr, db_ptr,
-    # (M, N), (N, r), (M, r), (strips, M, r), (bands, N, r); dout's and B's rows contiguous
+    # (M, N), (N, r), (M, r), (strips, M, r), (bands, N, r); rows of dout, B and S contiguous
     M, N, r, rows, scale,
-    stride_dm, stride_bn,
+    stride_dm, stride_bn, stride_sm,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     strip, band = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -61,29 +61,31 @@ def _output_pass_kernel(
     for start in range(band * rows, end, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < end)[:, None]
-        offs_s, mask_s = offs_m[:, None] * r + offs_r[None, :], mask_m & (offs_r < r)[None, :]
-        s = tl.load(s_ptr + offs_s, mask=mask_s, other=0.0)
+        mask_s = mask_m & (offs_r < r)[None, :]
+        s = tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], mask=mask_s, other=0.0)
         ds = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         ds, db_left = _piece(dout_ptr, offs_m, left, stride_dm, mask_m & (left < N)[None, :], b_left, s, ds, db_left)
         if BLOCK_C > PIECE:
             inside = mask_m & (right < N)[None, :]
             ds, db_right = _piece(dout_ptr, offs_m, right, stride_dm, inside, b_right, s, ds, db_right)
-        tl.store(ds_ptr + strip * M * r + offs_s, round_to(ds * scale, ds_ptr.dtype.element_ty), mask=mask_s)
+        ds_ptrs = ds_ptr + (strip * M + offs_m)[:, None] * r + offs_r[None, :]
+        tl.store(ds_ptrs, round_to(ds * scale, ds_ptr.dtype.element_ty), mask=mask_s)
     db_ptr += band * N * r
     store_plane(db_ptr, db_left, left, offs_r, N, r, r, 1)
     if BLOCK_C > PIECE:
         store_plane(db_ptr, db_right, right, offs_r, N, r, r, 1)
 
 
-def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """dS = scale · dout B: (M, r) in S's dtype, and planes of dB = doutᵀ S: (bands, N, r), fp32 where more than one.
+def output_planes(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Planes of dS = scale · dout B: (strips, M, r), and of dB = doutᵀ S: (bands, N, r); fp32 where more than one.
 
-    One pass over dout where the rows of both are contiguous and a tile is listed, else one for each.
+    One pass over dout where the rows of both are contiguous and a tile is listed, else one for each. Rows of S are
+    contiguous; it may be a slice of columns.
     """
     (M, N), r = dout.shape, B.shape[1]
     t = fused_tile("output_pass", dout.dtype, S.dtype, r)
     if t is None or dout.stride(1) != 1 or B.stride(1) != 1:
-        return shrink(dout, B.t(), None, scale), outer_planes(dout, S, None, wide_first=True)
+        return shrink(dout, B.t(), None, scale).unsqueeze(0), outer_planes(dout, S, None, wide_first=True)
     strips = triton.cdiv(N, t.BLOCK_C)
     bands, rows = row_bands(M, strips, t.BLOCK_M)
     planes = torch.empty((strips, M, r), dtype=S.dtype if strips == 1 else torch.float32, device=S.device)
@@ -91,11 +93,16 @@ def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tenso
     if dB.numel():
         with torch.cuda.device_of(dout):
             _output_pass_kernel[(strips, bands)](
-                dout, B, S, planes, dB, M, N, r, rows, scale, dout.stride(0), B.stride(0),
+                dout, B, S, planes, dB, M, N, r, rows, scale, dout.stride(0), B.stride(0), S.stride(0),
                 t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
             )  # fmt: skip
-    (dS,) = sum_planes(planes, dtype=S.dtype)
-    return dS, dB
+    return planes, dB
+
+
+def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`output_planes` with dS summed up: (M, r) in S's dtype."""
+    dS, dB = output_planes(dout, B, S, scale)
+    return sum_planes(dS, dtype=S.dtype)[0], dB
 
 
 @triton.jit
@@ -156,9 +163,9 @@ def input_pass(x: Tensor, dS: Tensor, A: Tensor, mask: Tensor | None) -> tuple[T
 
 @triton.jit
 def _outer_kernel(
-    x_ptr, s_ptr, mask_ptr, plane_ptr,  # (M, K), (M, r), (M, ⌈K / 32⌉), (bands, r, K) by strides
+    x_ptr, s_ptr, mask_ptr, plane_ptr,  # (M, K), (M, r), (M, ⌈K / 32⌉), (bands, r, K) by strides; S's rows contiguous
     M, K, r, rows,
-    stride_xm, stride_xk, stride_mask, stride_pp, stride_pr, stride_pk,
+    stride_xm, stride_xk, stride_sm, stride_mask, stride_pp, stride_pr, stride_pk,
     HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     strip, band = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -174,7 +181,7 @@ def _outer_kernel(
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=inside, other=0.0)
         if HAS_MASK:
             x = tl.where(kept(mask_ptr, stride_mask, offs_m, offs_k, inside), x, tl.zeros_like(x))
-        s = tl.load(s_ptr + offs_m[:, None] * r + offs_r[None, :], mask=mask_m & mask_r[None, :], other=0.0)
+        s = tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], mask=mask_m & mask_r[None, :], other=0.0)
         acc = exact_product(tl.trans(x), s, acc)
     store_plane(plane_ptr + band * stride_pp, acc, offs_k, offs_r, K, r, stride_pk, stride_pr)
 
@@ -192,7 +199,7 @@ def outer_planes(x: Tensor, S: Tensor, mask: Tensor | None, wide_first: bool = F
         with torch.cuda.device_of(x):
             _outer_kernel[(strips, bands, triton.cdiv(r, t.BLOCK_R))](
                 x, S, x if mask is None else mask, planes, M, K, r, rows,
-                *x.stride(), 0 if mask is None else mask.stride(0), stride_pp, stride_pr, stride_pk,
+                *x.stride(), S.stride(0), 0 if mask is None else mask.stride(0), stride_pp, stride_pr, stride_pk,
                 mask is not None, t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
             )  # fmt: skip
     return planes

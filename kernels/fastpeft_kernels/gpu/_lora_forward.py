@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, round_to
 from fastpeft_kernels.gpu._planes import sum_planes
-from fastpeft_kernels.tiles import MOST_SPLITS, SPLIT_K_BELOW, tile
+from fastpeft_kernels.tiles import MOST_SPLITS, SPLIT_K_BELOW, Tile, tile
 
 
 @triton.jit
@@ -40,6 +40,14 @@ def _shrink_kernel(
     tl.store(s_ptrs, round_to(acc * scale, s_ptr.dtype.element_ty), mask=mask_m & mask_r[None, :])
 
 
+def split_columns(M: int, K: int, t: Tile) -> tuple[int, int, int]:
+    """(row blocks, splits of K, columns of each split) of a pass over x that sums over K."""
+    row_blocks = triton.cdiv(M, t.BLOCK_M)
+    splits = max(1, min(SPLIT_K_BELOW // max(row_blocks, 1), MOST_SPLITS, triton.cdiv(K, 4 * t.BLOCK_C)))
+    k_per_split = triton.cdiv(triton.cdiv(K, splits), t.BLOCK_C) * t.BLOCK_C
+    return row_blocks, triton.cdiv(K, k_per_split), k_per_split
+
+
 def shrink_planes(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """S = scale · drop(x) Aᵀ: (1, M, r) in A's dtype, or fp32 planes (splits, M, r) whose sum is S.
 
@@ -47,14 +55,11 @@ def shrink_planes(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Te
     """
     (M, K), r = x.shape, A.shape[0]
     t = tile("shrink", r)
-    row_blocks, rank_blocks = triton.cdiv(M, t.BLOCK_M), triton.cdiv(r, t.BLOCK_R)
-    splits = max(1, min(SPLIT_K_BELOW // max(row_blocks, 1), MOST_SPLITS, triton.cdiv(K, 4 * t.BLOCK_C)))
-    k_per_split = triton.cdiv(triton.cdiv(K, splits), t.BLOCK_C) * t.BLOCK_C
-    splits = triton.cdiv(K, k_per_split)
+    row_blocks, splits, k_per_split = split_columns(M, K, t)
     S = torch.empty((splits, M, r), dtype=A.dtype if splits == 1 else torch.float32, device=x.device)
     if S.numel():
         with torch.cuda.device_of(x):
-            _shrink_kernel[(row_blocks, splits, rank_blocks)](
+            _shrink_kernel[(row_blocks, splits, triton.cdiv(r, t.BLOCK_R))](
                 x, A, x if mask is None else mask, S, M, K, r, k_per_split, scale,
                 *x.stride(), *A.stride(), 0 if mask is None else mask.stride(0),
                 mask is not None, t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
@@ -70,9 +75,9 @@ def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 @triton.jit
 def _expand_kernel(
     base_ptr, bias_ptr, s_ptr, total_ptr, b_ptr, mask_ptr, out_ptr,
-    # (M, N), (N,), (splits, M, r), (M, r), (N, r), (M, ⌈N / 32⌉), (M, N)
+    # (M, N), (N,), (splits, M, r), (M, r), (N, r), (M, ⌈N / 32⌉), (M, N); rows of S and its total contiguous
     M, N, r, splits,
-    stride_basem, stride_basen, stride_bias, stride_bn, stride_br, stride_mask,
+    stride_basem, stride_basen, stride_bias, stride_sp, stride_sm, stride_tm, stride_bn, stride_br, stride_mask,
     HAS_PLANES: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -84,13 +89,14 @@ def _expand_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, r, BLOCK_R):
         offs_r = start + tl.arange(0, BLOCK_R)
-        offs_s, mask_s = offs_m[:, None] * r + offs_r[None, :], mask_m & (offs_r < r)[None, :]
+        offs_s, mask_s = offs_m[:, None] * stride_sm + offs_r[None, :], mask_m & (offs_r < r)[None, :]
         s = tl.load(s_ptr + offs_s, mask=mask_s, other=0.0)
         if HAS_PLANES:
             for split in range(1, splits):
-                s += tl.load(s_ptr + split * M * r + offs_s, mask=mask_s, other=0.0)
+                s += tl.load(s_ptr + split * stride_sp + offs_s, mask=mask_s, other=0.0)
             s = round_to(s, total_ptr.dtype.element_ty)
-            tl.store(total_ptr + offs_s, s, mask=mask_s & (tl.program_id(1) == 0))
+            total_ptrs = total_ptr + offs_m[:, None] * stride_tm + offs_r[None, :]
+            tl.store(total_ptrs, s, mask=mask_s & (tl.program_id(1) == 0))
         b_ptrs = b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br
         b = tl.load(b_ptrs, mask=mask_n[None, :] & (offs_r < r)[:, None], other=0.0)  # (BLOCK_R, BLOCK_C)
         acc = product_for(s, b, acc, dtype)
@@ -111,23 +117,29 @@ def expand_planes(
     base: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(base + bias + drop(S Bᵀ), S), each of base and bias where given: (M, N) in `dtype`, rounded once, and (M, r).
 
-    S is (1, M, r) in B's dtype or fp32 planes (splits, M, r); the S that is returned is their sum in B's dtype.
+    S is (1, M, r) in B's dtype or fp32 planes (splits, M, r); the S that is returned is their sum in B's dtype, written
+    to `total` where there are planes and it is given. Rows of both are contiguous; they may be slices of columns.
     """
     (splits, M, r), N = S.shape, B.shape[0]
     t = tile("expand", r)
     out = torch.empty((M, N), dtype=dtype, device=S.device)
-    total = S[0] if splits == 1 else torch.empty((M, r), dtype=B.dtype, device=S.device)
+    if splits == 1:
+        total = S[0]
+    elif total is None:
+        total = torch.empty((M, r), dtype=B.dtype, device=S.device)
     if out.numel():
         grid = (triton.cdiv(M, t.BLOCK_M), triton.cdiv(N, t.BLOCK_C))
         with torch.cuda.device_of(S):
             _expand_kernel[grid](
                 S if base is None else base, S if bias is None else bias, S, total, B, S if mask is None else mask, out,
                 M, N, r, splits,
-                *((0, 0) if base is None else base.stride()), 0 if bias is None else bias.stride(0), *B.stride(),
-                0 if mask is None else mask.stride(0), splits > 1, base is not None, bias is not None, mask is not None,
+                *((0, 0) if base is None else base.stride()), 0 if bias is None else bias.stride(0),
+                S.stride(0), S.stride(1), total.stride(0), *B.stride(), 0 if mask is None else mask.stride(0),
+                splits > 1, base is not None, bias is not None, mask is not None,
                 t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
             )  # fmt: skip
     return out, total
@@ -141,5 +153,5 @@ def expand(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """base + bias + drop(S Bᵀ), each of base and bias where given: (M, N) in `dtype`, rounded once. S is contiguous."""
+    """base + bias + drop(S Bᵀ), where given: (M, N) in `dtype`, rounded once. S has contiguous rows."""
     return expand_planes(S.unsqueeze(0), B, dtype, base, bias, mask)[0]

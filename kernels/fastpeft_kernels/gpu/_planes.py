@@ -47,7 +47,7 @@ def _sum_planes_kernel(
 
 
 def sum_planes(*groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The sum over the first dimension of each group, in `dtype`: at most two groups, one launch.
+    """The sum over the first dimension of each group, in `dtype`: two groups a launch.
 
     A single plane is already its own sum, in `dtype`, and costs nothing.
     """
@@ -56,9 +56,9 @@ def sum_planes(*groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         for planes in groups
     )
     work = [(planes, out) for planes, out in zip(groups, sums, strict=True) if len(planes) > 1 and out.numel()]
-    if work:
-        (first, first_out), (second, second_out) = work[0], work[-1]
-        second_size = second_out.numel() if len(work) == 2 else 0
+    for pair in (work[i : i + 2] for i in range(0, len(work), 2)):
+        (first, first_out), (second, second_out) = pair[0], pair[-1]
+        second_size = second_out.numel() if len(pair) == 2 else 0
         grid = (triton.cdiv(first_out.numel(), SUM_BLOCK) + triton.cdiv(second_size, SUM_BLOCK),)
         with torch.cuda.device_of(first):
             _sum_planes_kernel[grid](

@@ -107,7 +107,7 @@ def _cases(
         )  # fmt: skip
         yield case
         if kernel in FUSED_TILES and t.BLOCK_R == 16:  # nearly full: with ranks of no multiple of 16, too
-            yield replace(case, name=f"{case.name}-r8", unaligned=("r", "stride_bn"))
+            yield replace(case, name=f"{case.name}-r8", unaligned=("r", "stride_bn", "stride_sm"))
 
 
 def compile_cases() -> Iterator[CompileCase]:
