@@ -96,7 +96,7 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     return result.view(out.shape)
 
 
-def inferring_few(x: Tensor, dropout_p: float) -> bool:
+def inferring_few(x: Tensor, dropout_p: float = 0.0) -> bool:
     """Whether this is decoding on the torch path: bound by the number of torch's operators, not by what they move."""
     if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
         return False

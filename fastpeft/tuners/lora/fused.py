@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastpeft.tuners.eligibility import base_parts, is_ordinary, plain_weight, watched, watched_everywhere
 from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
 from fastpeft_kernels import LoraOperands, current_product, lora_add, lora_group, lora_linear
+from fastpeft_kernels.lora import inferring_few
 
 
 def adapter_parts(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | str:
@@ -95,10 +96,12 @@ def may_read_weights(layer: Any, adapter: str, x: Tensor) -> bool:
 def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | None:
     """Base product and adapters in one op: (..., N) in x's dtype. None where that op is not the right one.
 
-    Layers that their parent calls on this x next are computed along with the first of them, and pick up what is theirs.
+    Layers that their parent calls on this x next are computed along with the first of them, and pick up what is theirs;
+    not where decoding on a CPU has nothing to share.
     """
     group: InputGroup | None = layer.input_group
-    name = group.name_of(layer) if group is not None and group.is_on() else None
+    shares = group is not None and group.is_on() and not inferring_few(x)
+    name = group.name_of(layer) if group is not None and shares else None
     if group is not None and name is not None:
         out = group.take(name, x)
         if out is not None:
