@@ -7,6 +7,7 @@ same bits, and without a matrix product.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -70,29 +71,41 @@ def _is_activation(module: nn.Module) -> bool:
     return isinstance(module, nn.SiLU | nn.GELU) or type(module).__module__ == "transformers.activations"
 
 
+class _Thread(threading.local):
+    """The hooks that each call of a module pushed, None for one that pushed none, in this thread."""
+
+    def __init__(self) -> None:
+        self.entered: list[Any] = []
+
+
 class _Scope:
     """Replaces what autograd keeps while one module's forward runs."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.entered: list[Any] = []
+        self.thread = _Thread()
         self.handles = (
             module.register_forward_pre_hook(self.enter),
             module.register_forward_hook(self.leave, always_call=True),
         )
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
+        hooks = None
         around = _hooks_around()
-        if around is not None and around[0].__module__ == "torch.utils.checkpoint":
-            return  # a checkpoint keeps nothing at all, and hands out what it computes again once
-        hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, around), _unpack)
-        hooks.__enter__()
-        self.entered.append(hooks)
+        # a checkpoint keeps nothing at all, and hands out what it computes again once
+        checkpointed = around is not None and around[0].__module__ == "torch.utils.checkpoint"
+        if torch.is_grad_enabled() and not checkpointed and _hooks_allowed():
+            hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, around), _unpack)
+            hooks.__enter__()
+        self.thread.entered.append(hooks)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.entered and not torch.compiler.is_compiling():
-            self.entered.pop().__exit__(None, None, None)
+        if torch.compiler.is_compiling() or not self.thread.entered:
+            return
+        hooks = self.thread.entered.pop()
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -112,6 +125,31 @@ def _hooks_around() -> Hooks | None:
     return found
 
 
+def _hooks_allowed() -> bool:
+    """Neither inside a functional transform, nor where somebody switched hooks on saved tensors off."""
+    disabled = getattr(torch._C._autograd, "_saved_tensors_hooks_get_disabled_error_message", lambda: None)
+    return not torch._C._are_functorch_transforms_active() and disabled() is None
+
+
+class _Kept:
+    """A tensor as it was: autograd leaves it to hooks to notice that it was changed since.
+
+    Detached, because a node's own output would keep the node alive, in a circle that no collector sees.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def get(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{self.tensor.dtype} {tuple(self.tensor.shape)} is at version {self.tensor._version}; expected "
+                f"version {self.version} instead"
+            )
+        return self.tensor
+
+
 class _Around:
     """What the hooks outside made of a tensor."""
 
@@ -127,11 +165,11 @@ class _Recipe:
         self.node, self.shape = node, shape
 
 
-def _pack(around: Hooks | None, tensor: Tensor) -> Tensor | _Recipe | _Around:
+def _pack(around: Hooks | None, tensor: Tensor) -> _Kept | _Recipe | _Around:
     recipe = _recipe_for(tensor)
     if recipe is not None:
         return recipe
-    return tensor if around is None else _Around(around, tensor)
+    return _Kept(tensor) if around is None else _Around(around, tensor)
 
 
 def _recipe_for(tensor: Tensor) -> _Recipe | None:
@@ -145,10 +183,10 @@ def _recipe_for(tensor: Tensor) -> _Recipe | None:
     return _Recipe(node, tensor.shape) if whole and source.dtype == tensor.dtype else None
 
 
-def _unpack(kept: Tensor | _Recipe | _Around) -> Tensor:
+def _unpack(kept: _Kept | _Recipe | _Around) -> Tensor:
     if isinstance(kept, _Around):
         return kept.unpack(kept.packed)
     if isinstance(kept, _Recipe):
         with torch.no_grad():
             return _AGAIN[kept.node.name()](kept.node).view(kept.shape)
-    return kept
+    return kept.get()

@@ -1,6 +1,8 @@
 """recompute_mlp: fewer bytes kept, the same gradients to the bit, whatever else hangs on saved tensors."""
 
 import copy
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +129,55 @@ def test_backward_twice():
     first = model[0].gate.weight.grad.clone()
     loss.backward()
     assert torch.equal(model[0].gate.weight.grad, 2 * first)
+
+
+def test_a_change_in_place_is_noticed():
+    model = nn.Sequential(Mlp())
+    fastpeft.recompute_mlp(model)
+    x = torch.randn(3, 4, requires_grad=True) * 1
+    out = model(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class TanhMlp(Mlp):
+    """tanh keeps its own output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.act(self.gate(x)).tanh()
+        return self.down(self.seen * self.up(x))
+
+
+def test_a_graph_that_is_dropped_is_freed():
+    model = nn.Sequential(TanhMlp())
+    fastpeft.recompute_mlp(model)
+    model(torch.randn(3, 4))
+    seen = weakref.ref(model[0].seen)
+    model[0].seen = None
+    assert seen() is None
+
+
+def test_a_call_within_a_call_and_functional_transforms():
+    """A call without gradients in the middle of one that records them takes no hooks off but its own."""
+    model = nn.Sequential(Mlp())
+    fastpeft.recompute_mlp(model)
+    mlp, x, inside = model[0], torch.randn(3, 4), []
+
+    def again(module: nn.Module, args: Any) -> None:
+        if not inside:
+            inside.append(1)
+            around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+            with torch.no_grad():
+                mlp(x)
+            assert torch._C._autograd._top_saved_tensors_default_hooks(False) == around is not None
+
+    handle = mlp.up.register_forward_pre_hook(again)
+    model(x).sum().backward()
+    assert inside
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    handle.remove()
+    assert torch.func.grad(lambda x: model(x).sum())(x).shape == x.shape
 
 
 def test_compiles_to_one_graph():

@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import textwrap
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastpeft.tuners.bases import is_linear
 
 _enabled = os.environ.get("FASTPEFT_SHARE_INPUTS", "1") != "0"
 
@@ -59,9 +62,22 @@ def _version(x: Tensor) -> int | None:
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
+    """What must be the same when an output is computed and when it is picked up, beside x."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), autocast
+    thread = None if torch.compiler.is_compiling() else threading.get_ident()
+    return torch.is_grad_enabled(), autocast, thread
+
+
+def _recording() -> tuple[bool, bool]:
+    """Whether gradients are recorded, and whether a checkpoint will run this code once more for them.
+
+    A parent that checkpoints a part of itself runs that part again when its forward is over: the part cannot share.
+    """
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled(), False
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None)(False)
+    return torch.is_grad_enabled(), top is not None and top[0].__module__ == "torch.utils.checkpoint"
 
 
 def _without_checks(function: Callable[..., None], *args: Any) -> None:
@@ -71,6 +87,12 @@ def _without_checks(function: Callable[..., None], *args: Any) -> None:
     checkpoint, at the end of the parent's forward. Dynamo knows this function by identity; it only calls its argument.
     """
     torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(function, *args)
+
+
+def _handled(layer: nn.Module) -> bool:
+    """Whether the layer may be handed another tensor than its parent passes."""
+    hooked = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooked) or "forward" in layer.__dict__
 
 
 class InputGroup:
@@ -87,6 +109,7 @@ class InputGroup:
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.parent, self.names = parent, names
         self._is_open = False
+        self._recording = (False, False)
         self._together: _Together | None = None
         self._handles: tuple[Any, ...] = (
             parent.register_forward_pre_hook(self._open),
@@ -96,11 +119,14 @@ class InputGroup:
             parent._modules[name].input_group = self  # type: ignore[union-attr,assignment]
 
     def is_on(self) -> bool:
-        """Whether the parent's forward is running, and `share_inputs` is not switched off."""
-        return self._is_open and _enabled
+        """Whether the parent's forward is running, and no part of it by itself; and sharing is not switched off."""
+        return self._is_open and _enabled and _recording() == self._recording
 
     def name_of(self, layer: nn.Module) -> str | None:
-        """The layer's name in the parent; None for one that has left its place there, and for a copy."""
+        """The layer's name in the parent; None for one that has left its place there, for a copy, and for one whose
+        input or output somebody else has a hand on."""
+        if _handled(layer):
+            return None
         for name in self.names:
             if self.parent._modules.get(name) is layer:
                 return name
@@ -116,7 +142,7 @@ class InputGroup:
             layer: Any = self.parent._modules.get(other)
             if other == name or getattr(layer, "input_group", None) is not self:
                 continue
-            if not layer._forward_pre_hooks and "forward" not in layer.__dict__:
+            if not _handled(layer):
                 found.append((other, layer))
         return found
 
@@ -155,6 +181,8 @@ class InputGroup:
             self._set(is_open, together)
 
     def _set(self, is_open: bool, together: _Together | None) -> None:
+        if is_open and together is None:
+            self._recording = _recording()
         self._is_open, self._together = is_open, together
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InputGroup | None":
@@ -164,6 +192,7 @@ class InputGroup:
             return None
         group = memo[id(self)] = InputGroup.__new__(InputGroup)
         group.parent, group.names, group._is_open, group._together = parent, self.names, False, None
+        group._recording = (False, False)
         group._handles = copy.deepcopy(self._handles, memo)
         return group
 
@@ -177,10 +206,21 @@ def regroup(model: nn.Module, layer_cls: type[nn.Module]) -> None:
         if len(adapted) < 2:
             continue
         for names in calls_on_one_variable(kind):
-            present = tuple(name for name in names if name in adapted)
-            adapted.difference_update(present)  # a layer is in one group only
-            if len(present) > 1:
+            for present in _runs(parent, names, adapted):
+                adapted.difference_update(present)  # a layer is in one group only
                 InputGroup(parent, present)
+
+
+def _runs(parent: nn.Module, names: tuple[str, ...], adapted: set[str]) -> Iterator[tuple[str, ...]]:
+    """The adapted ones of these names, parted where a module is called in between that might change its input."""
+    run: list[str] = []
+    for name in (*names, ""):
+        if name in adapted:
+            run.append(name)
+        elif (between := parent._modules.get(name)) is None or not is_linear(between):
+            if len(run) > 1:
+                yield tuple(run)
+            run = []
 
 
 def dissolve_groups(model: nn.Module) -> None:
@@ -244,10 +284,14 @@ def _groups_of_block(block: list[ast.stmt], this: str) -> Iterator[tuple[str, ..
             for inner in _inner_blocks(statement):
                 yield from _groups_of_block(inner, this)
             leaves = any(isinstance(node, _LEAVING) for node in ast.walk(statement))
-            yield from close(list(running) if leaves else _changed(statement))
+            yield from close(list(running) if leaves else _changed(statement) | _handed_on(statement, this))
         elif not isinstance(statement, _DEFINITIONS):
-            for variable, submodule in _calls(statement, this):
-                running.setdefault(variable, []).append(submodule)
+            calls = list(_calls(statement, this))
+            used = _handed_on(statement, this)
+            yield from close(used)  # what they may do to a variable, or when, is not known
+            for variable, submodule in calls:
+                if variable not in used:
+                    running.setdefault(variable, []).append(submodule)
             yield from close(_changed(statement))
     yield from close(running)
 
@@ -262,10 +306,8 @@ def _inner_blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
 
 def _calls(node: ast.AST, this: str) -> Iterator[tuple[str, str]]:
     """(variable, submodule) for each call `self.submodule(variable)` that is sure to be made when `node` is run."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-        one_variable = len(node.args) == 1 and isinstance(node.args[0], ast.Name) and not node.keywords
-        if one_variable and node.func.value.id == this:
-            yield node.args[0].id, node.func.attr  # type: ignore[attr-defined]
+    if isinstance(node, ast.Call) and _is_submodule_call(node, this):
+        yield node.args[0].id, node.func.attr  # type: ignore[attr-defined]
     for child in _surely_run(node):
         yield from _calls(child, this)
 
@@ -278,6 +320,29 @@ def _surely_run(node: ast.AST) -> Iterable[ast.AST]:
     if isinstance(node, _COMPREHENSIONS + _DEFINITIONS):
         return []
     return ast.iter_child_nodes(node)
+
+
+_FACTS = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "size", "dim", "numel", "stride"}
+
+
+def _handed_on(node: ast.AST, this: str) -> set[str]:
+    """The variables that a statement uses otherwise than as the one argument of a submodule of this module, or to ask
+    for a fact: it may give them another name, or have them changed in place, out of sight."""
+    harmless: set[int] = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and part.attr in _FACTS:
+            harmless.add(id(part.value))
+        elif isinstance(part, ast.Call) and _is_submodule_call(part, this):
+            harmless.add(id(part.args[0]))
+    names = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load))
+    return {name.id for name in names if id(name) not in harmless}
+
+
+def _is_submodule_call(node: ast.Call, this: str) -> bool:
+    """self.submodule(variable)"""
+    function = node.func
+    of_this = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == this
+    return of_this and len(node.args) == 1 and isinstance(node.args[0], ast.Name) and not node.keywords
 
 
 def _changed(node: ast.AST) -> set[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference
-from fastpeft_kernels.dispatch import check_torch_product, no_autocast, use_triton
+from fastpeft_kernels.dispatch import check_torch_product, current_product, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
 from fastpeft_kernels.low_rank import FEW_ROWS
 
@@ -100,7 +100,7 @@ def inferring_few(x: Tensor, dropout_p: float = 0.0) -> bool:
     """Whether this is decoding on the torch path: bound by the number of torch's operators, not by what they move."""
     if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
         return False
-    return x.numel() <= FEW_ROWS * x.shape[-1] and not use_triton(x)
+    return x.numel() <= FEW_ROWS * x.shape[-1] and current_product() != "own" and not use_triton(x)
 
 
 def autocast_operands(x: Tensor, *others: Any) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels.low_rank import FEW_ROWS, expand_, outer, output_pass, shrink
+from fastpeft_kernels.low_rank import FEW_ROWS, expand_, outer, output_pass, row_chunks, shrink
 from fastpeft_kernels.masks import KEEP_LEVELS, apply_mask, draw_mask, keep_level, mask_words
 
 __all__ = [
@@ -43,7 +43,10 @@ __all__ = [
 
 def dropout(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     """scale · drop(x): (M, K) in x's dtype."""
-    return apply_mask(x, mask).mul_(scale)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows in row_chunks(*x.shape):
+        apply_mask(x[rows], mask[rows], out=out[rows]).mul_(scale)
+    return out
 
 
 # The ops: a LoRA linear that owns the base product, and the LoRA part added onto somebody's output.

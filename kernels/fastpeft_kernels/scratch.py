@@ -28,5 +28,5 @@ def scratch(name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, 
     memory = _kept.memory.get(name)
     if memory is None or memory.numel() < size:
         with torch.inference_mode(False):
-            memory = _kept.memory[name] = torch.empty(size, dtype=torch.uint8)
+            memory = _kept.memory[name] = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default is
     return memory[:size].view(dtype).view(shape)

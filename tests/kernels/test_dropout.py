@@ -115,3 +115,10 @@ def test_kept_for_backward_is_one_bit_an_element(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         dropout(x, 0.1)
     assert sum(t.nbytes for t in saved) == x.numel() // 8
+
+
+def test_scratch_memory_is_on_the_cpu_whatever_the_default_device():
+    x = torch.randn(40, 64)
+    with torch.device("meta"):
+        assert dropout(x, 0.5).device.type == "cpu"
+    assert dropout(x, 0.5).device.type == "cpu"

@@ -299,3 +299,24 @@ def test_offloading_its_initialisation_is_refused():
     runtime = fastpeft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
     with pytest.raises(NotImplementedError, match="ephemeral_gpu_offload=True is not supported yet"):
         fastpeft.LoraConfig(use_dora=True, runtime_config=runtime)
+
+
+def test_merging_rows_of_zeros_and_unmerging_after_training():
+    """A row of zeros has length 0; what was merged comes out again whatever was trained since."""
+    linear = nn.Linear(6, 5)
+    with torch.no_grad():
+        linear.weight[2] = 0
+    model = fastpeft.get_peft_model(
+        nn.Sequential(linear), fastpeft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    )
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight[1] = 0
+    before, x = layer.get_base_layer().weight.clone(), torch.randn(4, 6)
+    expected = model(x)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.mul_(3)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight, before)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import batch, tiny_llama
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastpeft
 from fastpeft.tuners.lora import fused
@@ -22,11 +23,11 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.between: Any = lambda x: None
+        self.between: Any = lambda: None
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
-        self.between(x)
+        self.between()
         k, v = self.k(x), self.v(x)
         return self.o(q * k.repeat(1, 2) + v)
 
@@ -124,6 +125,13 @@ class Unsure(nn.Module):
         h = y and self.h(x)
         i = [self.i(x) for _ in y]
         j = lambda: self.j(x)  # noqa: E731
+        f = self.f1(x)
+        torch.relu_(x)
+        f = self.f2(x)
+        z = x
+        f = self.f3(x) + self.f4(x.shape[0])
+        z += 1
+        f = self.f5(x) * x
         return a, b, c, d, f, h, i, j, self.k(x, y), self.m(x=x), self.n(x[0]), self.o(*x), self.p(x)
 
 
@@ -139,7 +147,7 @@ class Child(Straight):
     ("kind", "expected"),
     [
         (Straight, {("a", "b"), ("c", "d")}),
-        (Branches, {("q", "w"), ("k", "v"), ("k2", "v2"), ("a", "b")}),
+        (Branches, {("k", "v"), ("k2", "v2"), ("a", "b")}),
         (Unsure, set()),
         (Child, {("m", "n")}),
         (nn.Linear, set()),
@@ -233,17 +241,19 @@ def test_another_tensor_another_mode_or_a_changed_one(ops):
     x = torch.randn(5, 16)
     expected = results(model, x)
 
-    attention.between = lambda x: x.add_(1)
     with torch.no_grad():
-        changed = model(x.clone())
+        first, second = x.clone(), x.clone()
+        attention.between = lambda: first.add_(1)
+        changed = model(first)
+        attention.between = lambda: second.add_(1)
         with fastpeft.share_inputs(False):
-            torch.testing.assert_close(changed, model(x.clone()))
+            torch.testing.assert_close(changed, model(second))
 
-    attention.between = lambda x: torch.set_grad_enabled(True)
+    attention.between = lambda: torch.set_grad_enabled(True)
     with torch.no_grad():
         assert model(x).requires_grad  # k and v were computed under grad mode
 
-    def fail(x: Tensor) -> None:
+    def fail() -> None:
         raise RuntimeError("boom")
 
     attention.between = fail
@@ -251,7 +261,7 @@ def test_another_tensor_another_mode_or_a_changed_one(ops):
         model(x)
     assert attention.q.input_group._together is None
     assert not attention.q.input_group.is_on()
-    attention.between = lambda x: None
+    attention.between = lambda: None
     torch.testing.assert_close(results(model, x), expected)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), expected["out"])
@@ -266,7 +276,7 @@ def test_nothing_is_kept_after_the_forward():
 
 
 @pytest.mark.parametrize(
-    "change", ["hook on lora_A", "pre-hook on the layer", "forward replaced", "merged", "disabled"]
+    "change", ["hook on lora_A", "pre-hook on the layer", "forward replaced", "merged", "disabled", "backward hook"]
 )
 def test_a_member_that_is_not_fused_stays_out(change, ops):
     model = adapted()
@@ -279,6 +289,8 @@ def test_a_member_that_is_not_fused_stays_out(change, ops):
     elif change == "forward replaced":
         forward = k.forward
         k.forward = lambda x: forward(x * 2)
+    elif change == "backward hook":
+        k.register_full_backward_hook(lambda *args: None)
     elif change == "merged":
         k.merge()
     else:
@@ -289,6 +301,61 @@ def test_a_member_that_is_not_fused_stays_out(change, ops):
     assert bool(ran) == (change == "hook on lora_A")
     with fastpeft.share_inputs(False):
         torch.testing.assert_close(out, model(x))
+
+
+class ChangesBetween(Attention):
+    """What is called between q and k changes x in place, where no version tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        self.act(x)
+        return self.o(q * self.k(x).repeat(1, 2) + self.v(x))
+
+
+@pytest.mark.parametrize("mode", ["inference", "compile"])
+def test_a_module_in_between_may_change_the_input(mode):
+    net = Net()
+    net.attention = ChangesBetween()
+    config = fastpeft.LoraConfig(r=4, target_modules=["q", "k", "v"], init_lora_weights=False)
+    model: Any = fastpeft.get_peft_model(net, config)
+    assert attention_of(model).k.input_group.names == ("k", "v")
+    x = torch.randn(40, 16)
+    with torch.no_grad(), fastpeft.share_inputs(False):
+        expected = model(x.clone())
+    torch._dynamo.reset()
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager") if mode == "compile" else model
+    with torch.inference_mode() if mode == "inference" else torch.no_grad():
+        torch.testing.assert_close(forward(x.clone()), expected)
+
+
+class Checkpointed(Attention):
+    """Checkpoints a part of its own forward: the part runs again when the forward is over."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.o(self.q(x) * self.v(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_parent_that_checkpoints_a_part_of_itself(reentrant, monkeypatch):
+    monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
+    net = Net()
+    net.attention = Checkpointed()
+    config = fastpeft.LoraConfig(r=4, target_modules=["q", "v"], lora_dropout=0.3, init_lora_weights=False)
+    model = fastpeft.get_peft_model(net, config).train()
+    x = torch.randn(40, 16)
+    shared = results(model, x)
+    with fastpeft.share_inputs(False):
+        alone = results(model, x)
+    assert all(torch.equal(shared[name], alone[name]) for name in alone)  # the masks of the forward, both times
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -59,7 +59,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self.variants: dict[str, LoraVariant] = {}
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}  # with which the merged adapters were merged
-        self._merged_state: dict[str, Tensor | None] = {}  # what their variants must know to unmerge them
+        self._merged_state: dict[str, Any] = {}  # what their variants must know to unmerge them
         self.cast_input_dtype_enabled = True
         self.input_group: InputGroup | None = None
         self._active_adapter = [adapter_name]
@@ -211,9 +211,9 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         module = self.get_base_layer()
         weight, bias = module.weight.data, getattr(module, "bias", None)
         base_weight, _ = self._unmerged_tensors()
-        state = {name: self.variants[name].merge_state(self, name, base_weight) for name in names}
+        state: dict[str, Any] = {}
         for name in names:
-            weight = self.variants[name].merge(self, name, weight, state[name])
+            weight, state[name] = self.variants[name].merge(self, name, weight, base_weight)
             bias = self._with_factor_bias(name, bias, 1)
             if safe and not all(t is None or bool(t.isfinite().all()) for t in (weight, bias)):
                 raise ValueError(

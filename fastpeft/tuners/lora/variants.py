@@ -1,5 +1,6 @@
 """What one adapter of a LoRA layer computes. A variant has no state: everything it needs is on the layer."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,17 +44,27 @@ class LoraVariant:
         )
         return layer.base.store(B @ A) * layer.scaling[adapter]
 
-    def merge_state(self, layer: Any, adapter: str, base_weight: Tensor) -> Tensor | None:
-        """What `merge` and `unmerge` must both know, from the weight without any adapter in it."""
-        return None
+    def merge(self, layer: Any, adapter: str, weight: Tensor, base_weight: Tensor) -> tuple[Tensor, Any]:
+        """The weight with the adapter in it: a new tensor, rounded once; and what `unmerge` must know of it.
 
-    def merge(self, layer: Any, adapter: str, weight: Tensor, state: Tensor | None) -> Tensor:
-        """The base weight with the adapter in it: a new tensor, rounded once."""
-        return (weight + self.delta_weight(layer, adapter)).to(weight.dtype)
+        Args:
+            weight: with the adapters in it that were merged before.
+            base_weight: without any.
+        """
+        return (weight + self.delta_weight(layer, adapter)).to(weight.dtype), None
 
-    def unmerge(self, layer: Any, adapter: str, weight: Tensor, state: Tensor | None) -> Tensor:
+    def unmerge(self, layer: Any, adapter: str, weight: Tensor, state: Any) -> Tensor:
         """`merge` undone, up to the rounding of both."""
         return (weight - self.delta_weight(layer, adapter)).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class MergedDora:
+    """What a merge multiplied each row by, in the layout of the weight, and the rows that it wiped out with a zero."""
+
+    factor: Tensor
+    wiped: Tensor  # (n,) row numbers
+    rows: Tensor  # (n, K), as they were
 
 
 class DoraVariant(LoraVariant):
@@ -108,22 +119,22 @@ class DoraVariant(LoraVariant):
             delta = B(A(torch.eye(W.shape[1], dtype=A.weight.dtype, device=A.weight.device))).T
             return torch.linalg.norm(W.to(x.dtype) + scaling * delta.to(x.dtype), dim=1)
 
-    def merge_state(self, layer: Any, adapter: str, base_weight: Tensor) -> Tensor:
-        """The norm of each row of the base weight with this adapter alone: (N,) in fp32 at least."""
-        return torch.linalg.norm(layer.base.store(base_weight + self.delta_weight(layer, adapter)), dim=1)
+    def merge(self, layer: Any, adapter: str, weight: Tensor, base_weight: Tensor) -> tuple[Tensor, MergedDora]:
+        delta, store = self.delta_weight(layer, adapter), layer.base.store
+        norm = torch.linalg.norm(store(base_weight + delta), dim=1)
+        norm = norm.clamp_min(
+            torch.finfo(norm.dtype).tiny
+        )  # as dora_norm: the magnitude of a row of zeros is 0 as well
+        g = self._magnitude(layer, adapter) / norm
+        wiped = (g == 0).nonzero().flatten()
+        state = MergedDora(store(g.unsqueeze(1)), wiped, store(weight)[wiped].clone())
+        return (state.factor * (weight + delta)).to(weight.dtype), state
 
-    def merge(self, layer: Any, adapter: str, weight: Tensor, state: Tensor | None) -> Tensor:
-        merged = self._factor(layer, adapter, state) * (weight + self.delta_weight(layer, adapter))
-        return merged.to(weight.dtype)
-
-    def unmerge(self, layer: Any, adapter: str, weight: Tensor, state: Tensor | None) -> Tensor:
-        base = weight / self._factor(layer, adapter, state) - self.delta_weight(layer, adapter)
-        return base.to(weight.dtype)
-
-    def _factor(self, layer: Any, adapter: str, norm: Tensor | None) -> Tensor:
-        """What each row is multiplied by, in the layout of the weight: (N, 1), or (1, N)."""
-        assert norm is not None, "merge_state gives it"
-        return layer.base.store((self._magnitude(layer, adapter) / norm).unsqueeze(1))
+    def unmerge(self, layer: Any, adapter: str, weight: Tensor, state: MergedDora) -> Tensor:
+        factor = torch.where(state.factor == 0, 1.0, state.factor)
+        base = (weight / factor - self.delta_weight(layer, adapter)).to(weight.dtype)
+        layer.base.store(base)[state.wiped] = state.rows
+        return base
 
     @staticmethod
     def _magnitude(layer: Any, adapter: str) -> Tensor:
