@@ -60,7 +60,7 @@ TILES: dict[Kernel, dict[int, Tile]] = {
 FUSED_TILES: dict[Kernel, dict[Units, dict[int, Tile]]] = {
     "output_pass": {
         "bf16": {16: Tile(64, 128, 16, 4, 2)},
-        "tf32": {16: Tile(64, 64, 16, 8, 2)},
+        "tf32": {16: Tile(64, 64, 16, 8, 1)},
     },
     "input_pass": {
         "bf16": {16: Tile(32, 128, 16, 8, 2), 32: Tile(32, 64, 32, 8, 2), 64: Tile(64, 32, 64, 8, 2)},
