@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft.tuners.bases import is_linear
+from fastpeft.utils.saved_tensors import Hooks, hooks_around, is_checkpoint
 
 # Name of an autograd node -> its output from what it keeps. Nodes that keep their output (ReLU, tanh) are not here.
 _AGAIN: dict[str, Callable[[Any], Tensor]] = {
@@ -72,17 +73,19 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 class _Thread(threading.local):
-    """The hooks that each call of a module pushed, None for one that pushed none, in this thread."""
+    """The hooks that each running call of an MLP pushed, None for one that pushed none, innermost last."""
 
     def __init__(self) -> None:
         self.entered: list[Any] = []
+
+
+_thread = _Thread()  # of all MLPs: a model that holds it could not be copied or pickled
 
 
 class _Scope:
     """Replaces what autograd keeps while one module's forward runs."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.thread = _Thread()
         self.handles = (
             module.register_forward_pre_hook(self.enter),
             module.register_forward_hook(self.leave, always_call=True),
@@ -92,37 +95,23 @@ class _Scope:
         if torch.compiler.is_compiling():
             return
         hooks = None
-        around = _hooks_around()
+        around = hooks_around()  # which autograd calls no longer: ours hand on what is not made again
         # a checkpoint keeps nothing at all, and hands out what it computes again once
-        checkpointed = around is not None and around[0].__module__ == "torch.utils.checkpoint"
-        if torch.is_grad_enabled() and not checkpointed and _hooks_allowed():
+        if torch.is_grad_enabled() and not is_checkpoint(around) and _hooks_allowed():
             hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, around), _unpack)
             hooks.__enter__()
-        self.thread.entered.append(hooks)
+        _thread.entered.append(hooks)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self.thread.entered:
+        if torch.compiler.is_compiling() or not _thread.entered:
             return
-        hooks = self.thread.entered.pop()
+        hooks = _thread.entered.pop()
         if hooks is not None:
             hooks.__exit__(None, None, None)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
-
-
-def _hooks_around() -> Hooks | None:
-    """The (pack, unpack) in force outside: of gradient checkpointing, or of one who moves tensors to the CPU.
-
-    Autograd calls the innermost hooks only, so ours must hand on what is not made again.
-    """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    found: Hooks | None = None if top is None else top(False)
-    return found
 
 
 def _hooks_allowed() -> bool:

@@ -1,6 +1,7 @@
 """recompute_mlp: fewer bytes kept, the same gradients to the bit, whatever else hangs on saved tensors."""
 
 import copy
+import io
 import weakref
 from typing import Any
 
@@ -188,6 +189,18 @@ def test_compiles_to_one_graph():
     model.forward = torch.compile(model.forward, fullgraph=True)
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_can_be_copied_and_pickled():
+    model = adapted()
+    expected = gradients(model)
+    fastpeft.recompute_mlp(model)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert kept(twin) == kept(model)
+        assert_same_bits(gradients(twin), expected)
 
 
 def test_twice_is_once_and_a_model_without_one_is_an_error():

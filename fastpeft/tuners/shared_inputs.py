@@ -22,8 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.tuners.bases import is_linear
+from fastpeft.utils.saved_tensors import hooks_around, is_checkpoint
 
-_enabled = os.environ.get("FASTPEFT_SHARE_INPUTS", "1") != "0"
+
+def _switch(value: str | None) -> bool:
+    if value not in (None, "", "0", "1"):
+        raise ValueError(f"FASTPEFT_SHARE_INPUTS must be 0 or 1; got {value!r}")
+    return value != "0"
+
+
+_enabled = _switch(os.environ.get("FASTPEFT_SHARE_INPUTS"))
 
 
 @contextmanager
@@ -76,8 +84,7 @@ def _recording() -> tuple[bool, bool]:
     """
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled(), False
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None)(False)
-    return torch.is_grad_enabled(), top is not None and top[0].__module__ == "torch.utils.checkpoint"
+    return torch.is_grad_enabled(), is_checkpoint(hooks_around())
 
 
 def _without_checks(function: Callable[..., None], *args: Any) -> None:

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
+from fastpeft.tuners import shared_inputs
 from fastpeft.tuners.lora import fused
 from fastpeft.tuners.shared_inputs import calls_on_one_variable
 from fastpeft_kernels import product
+
+
+def nothing() -> None:
+    """In the place of what runs between two calls."""
 
 
 class Attention(nn.Module):
@@ -23,7 +28,7 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.between: Any = lambda: None
+        self.between: Any = nothing
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
@@ -398,8 +403,10 @@ def test_copies_have_groups_of_their_own(ops):
     model, x = adapted(), torch.randn(5, 16)
     expected = results(model, x)
     stream = io.BytesIO()
-    torch.save(adapted(targets=["q", "k"]).base_model.model.attention.q.state_dict(), stream)  # a group is no state
-    for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))):
+    torch.save(model, stream)
+    stream.seek(0)
+    pickled = torch.load(stream, weights_only=False)
+    for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model)), pickled):
         group = attention_of(twin).q.input_group
         assert group.parent is attention_of(twin)
         ops.clear()
@@ -449,6 +456,12 @@ def test_explain_shows_the_groups():
 def test_our_own_product_takes_layers_one_by_one():
     with product("own"):
         assert not any(layer.shares for layer in fastpeft.explain(adapted()))
+
+
+def test_the_environment_says_0_or_1():
+    assert [shared_inputs._switch(value) for value in (None, "", "1", "0")] == [True, True, True, False]
+    with pytest.raises(ValueError, match="must be 0 or 1; got 'off'"):
+        shared_inputs._switch("off")
 
 
 def test_switch_is_restored_after_an_error():
