@@ -190,7 +190,8 @@ def lora_(
     mask: Tensor | None,
 ) -> Tensor:
     """`expand_` of `shrink`, for inference."""
-    if mask is None and weights is None and len(rows) == 1 and len(x) <= FEW_ROWS:
+    in_factors_dtype = torch.promote_types(out.dtype, As[0].dtype) == As[0].dtype
+    if mask is None and weights is None and len(rows) == 1 and len(x) <= FEW_ROWS and in_factors_dtype:
         return _lora_of_few_(out, x, As, Bs, scales, _passes(rows, starts)[0])
     return expand_(out, shrink(x, As, scales, rows, starts, weights, mask), Bs, rows, starts)
 
@@ -205,7 +206,7 @@ def _lora_of_few_(
         lines, total = x[: taken.entries], out[: taken.entries]
     else:
         lines, total = x.index_select(0, taken.index), out.index_select(0, taken.index)
-    lines, sums = lines.to(As[0].dtype), total.to(_wide(out, As[0]))
+    lines, sums = lines.to(As[0].dtype), total.to(As[0].dtype)
     adapters = [(As[slot], Bs[slot], scales[slot]) for slot, _, _ in taken.segments]
     if len(adapters) == taken.entries:  # each row alone with its adapter
         for (A, B, scale), line, row in zip(adapters, lines.unbind(), sums.unbind(), strict=True):
