@@ -6,8 +6,8 @@ weights leave no adapter in a GPU's cache, as in a model; "frozen" is that produ
 adapter, "gather-bmm" copies the factors of every row and multiplies them in one batch: the ways that Punica compares
 itself with.
 
-"vllm-lora" takes the two ops apart, as benchmarks/kernels/benchmark_lora.py of vLLM does: hidden sizes, rows, r = 16, four
-adapters in no order. A step goes through 32 sets of operands, which for few rows fit into a GPU's cache.
+"vllm-lora" takes the two ops apart, as benchmarks/kernels/benchmark_lora.py of vLLM does: hidden sizes, rows, rank 16,
+four adapters in no order. A step goes through 32 sets of operands, which for few rows fit into a GPU's cache.
 
 All steps are replayed as CUDA graphs. The predicted time is bytes over bandwidth, each distinct adapter counted once.
 """
