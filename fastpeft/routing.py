@@ -247,10 +247,12 @@ def routing_for(layer: nn.Module) -> Routing | None:
         RuntimeError: an activation checkpoint that knows nothing of it will run, or runs, this forward once more.
     """
     routing = _current.routing
+    if routing is None and not _unrecorded.data:  # as for every token of a model that was never routed
+        return None
     if torch.compiler.is_compiling():
         return routing
     if routing is None:
-        if _unrecorded and layer in _unrecorded and torch.is_grad_enabled() and in_backward():
+        if layer in _unrecorded and torch.is_grad_enabled() and in_backward():
             raise RuntimeError(_UNKNOWN_CHECKPOINT)
     elif not _current.carried and _current.recorded:
         if not torch.is_grad_enabled():
