@@ -15,9 +15,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastpeft.benchmark.traffic import Traffic, counting
-from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear
+from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear, lora_routed
 from fastpeft_kernels.tiles import fused_tile, row_bands, tile
 
 H200_BYTES_PER_SECOND = 4.3e12  # measured, copy
@@ -29,6 +30,7 @@ FACTORS = frozenset(
     {"a_ptr", "b_ptr", "s_ptr", "total_ptr", "bias_ptr", "seed_ptr", "first_out_ptr", "second_out_ptr"}
     | {f"{factor}{i}_ptr" for factor in "as" for i in _SLOTS}
 )
+ROUTING = frozenset({"table_ptr", "rows_ptr", "starts_ptr", "weights_ptr"})  # of a routed batch: who takes which slot
 
 # M, K, N at which the terms tell themselves apart: bands and strips enough that dS, dA and dB are sums of planes, and K
 # so small that S is not, as with many rows.
@@ -88,6 +90,38 @@ def count_group(
             outs = lora_group(x, members)
         with counting(*Ws, cached=FACTORS) as backward:
             torch.autograd.backward(outs, douts)
+    return forward, backward
+
+
+def count_routed(
+    K: int,
+    N: int,
+    ranks: Sequence[int],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None = None,
+    adapters: torch.dtype = torch.float32,
+    train: bool = True,
+) -> tuple[Traffic, Traffic]:
+    """As `count`, for the low-rank part of a batch that is routed over slots of these ranks; beside a bf16 base.
+
+    What the kernels read of the slots' factors goes by the name "address from memory". Without `train`, the forward is
+    that of inference, and the backward is empty.
+    """
+    M = rows.shape[1]
+    x, base, dout = (torch.randn(M, columns).bfloat16() for columns in (K, N, N))
+    As, Bs = (
+        [torch.randn(*shape).to(adapters) for shape in shapes]
+        for shapes in ([(r, K) for r in ranks], [(N, r) for r in ranks])
+    )
+    for t in (x, *As, *Bs):
+        t.requires_grad_(train)
+    with backend("triton"), torch.set_grad_enabled(train):
+        with counting(cached=FACTORS | ROUTING) as forward:
+            out = lora_routed(base, x, As, Bs, [1.0] * len(ranks), rows, starts, weights)
+        with counting(cached=FACTORS | ROUTING) as backward:
+            if train:
+                torch.autograd.backward(out, dout)
     return forward, backward
 
 

@@ -167,11 +167,12 @@ def _run_shrink(
     weights: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    if use_triton(x, factors[0]):
-        from fastpeft_kernels.gpu import routed as gpu  # triton is imported when first needed
+    with no_autocast(x):
+        if use_triton(x, factors[0]):
+            from fastpeft_kernels.gpu import routed as gpu  # triton is imported when first needed
 
-        return gpu.shrink(x, factors, scales, rows, starts, weights, mask)
-    return reference.shrink(x, factors, scales, rows, starts, weights, mask)
+            return gpu.shrink(x, factors, scales, rows, starts, weights, mask)
+        return reference.shrink(x, factors, scales, rows, starts, weights, mask)
 
 
 def _run_shrink_backward(
@@ -280,11 +281,12 @@ class _ShrinkRouted(torch.autograd.Function):
 
 
 def _run_expand(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor) -> Tensor:
-    if use_triton(base, S):
-        from fastpeft_kernels.gpu import routed as gpu
+    with no_autocast(base):
+        if use_triton(base, S):
+            from fastpeft_kernels.gpu import routed as gpu
 
-        return gpu.expand(base, S, factors, rows, starts)
-    return reference.expand(base, S, factors, rows, starts)
+            return gpu.expand(base, S, factors, rows, starts)
+        return reference.expand(base, S, factors, rows, starts)
 
 
 def _run_expand_backward(
@@ -365,13 +367,13 @@ def _run_lora(
     weights: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    if use_triton(base, As[0]):
-        from fastpeft_kernels.gpu import routed as gpu
+    with no_autocast(base):
+        if use_triton(base, As[0]):
+            from fastpeft_kernels.gpu import routed as gpu
 
-        return gpu.lora(base, x, As, Bs, scales, rows, starts, weights, mask)
-    return reference.lora_(
-        base.clone(memory_format=torch.contiguous_format), x, As, Bs, scales, rows, starts, weights, mask
-    )
+            return gpu.lora(base, x, As, Bs, scales, rows, starts, weights, mask)
+        out = base.clone(memory_format=torch.contiguous_format)
+        return reference.lora_(out, x, As, Bs, scales, rows, starts, weights, mask)
 
 
 @torch.library.custom_op("fastpeft::lora_routed", mutates_args=(), tags=UNSAFE_TAGS)

@@ -12,6 +12,7 @@ import torch
 
 Kernel = Literal["shrink", "expand", "outer", "output_pass", "input_pass"]
 GroupKernel = Literal["shrink", "input_pass"]
+RoutedKernel = Literal["shrink", "expand", "outer"]
 Units = Literal["bf16", "tf32"]
 
 
@@ -93,6 +94,15 @@ GROUP_TILES: dict[GroupKernel, dict[Units, dict[int, GroupTile]]] = {
     },
 }
 
+# Kernels of routed batches, by whether rows are few (decoding) or many. Every slot's rank is gone through in blocks of
+# BLOCK_R, whatever the ranks are: a row's bits must not depend on the others' adapters.
+ROUTED_TILES: dict[RoutedKernel, dict[Literal["few", "many"], Tile]] = {
+    "shrink": {"few": Tile(16, 64, 16, 4, 4), "many": Tile(64, 32, 32, 8, 2)},
+    "expand": {"few": Tile(16, 128, 16, 4, 1), "many": Tile(64, 128, 16, 8, 1)},
+    "outer": {"few": Tile(32, 64, 16, 8, 2), "many": Tile(32, 64, 16, 8, 2)},
+}
+FEW_ROUTED_ROWS = 1024  # from which on they are many
+
 ROWS_PER_PLANE = 512  # the fewest rows that one fp32 plane of a split reduction over M sums
 PROGRAMS = 512  # with that many the largest GPU is busy: more planes than it takes to get there only cost bytes
 SPLIT_K_BELOW = 64  # programs: with fewer, shrink splits K as well
@@ -123,6 +133,11 @@ def group_tile(kernel: GroupKernel, wide: torch.dtype, narrow: torch.dtype, larg
     """The tile of a kernel that serves a group in one pass; None where each member takes a pass of its own."""
     found = GROUP_TILES[kernel][units(wide, narrow)].get(rank_class(largest_rank))
     return found if found and largest_rank <= found.BLOCK_R else None
+
+
+def routed_tile(kernel: RoutedKernel, M: int) -> Tile:
+    """The tile of a batch of M rows, whatever they carry."""
+    return ROUTED_TILES[kernel]["few" if M < FEW_ROUTED_ROWS else "many"]
 
 
 def group_launches(members: int, most: int) -> list[slice]:
