@@ -41,9 +41,15 @@ def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
             or "forward" in table
         ):
             return None
-    base, A, B = base._parameters, A._parameters, B._parameters
-    W, bias, a, b = base["weight"], base["bias"], A["weight"], B["weight"]
-    if {type(W), type(a), type(b)} != _PARAMETERS or B["bias"] is not None or not own["variants"][name].is_a_sum:
+    bias: Any = base._parameters["bias"]
+    W: Any = base._parameters["weight"]
+    a: Any = A._parameters["weight"]
+    b: Any = B._parameters["weight"]
+    if (
+        {type(W), type(a), type(b)} != _PARAMETERS
+        or B._parameters["bias"] is not None
+        or not own["variants"][name].is_a_sum
+    ):
         return None
     dtype = x.dtype
     if W.dtype != dtype or a.dtype != b.dtype or (a.dtype != dtype and a.dtype != torch.float32):
