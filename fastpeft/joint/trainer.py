@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         self.data_collator = JointCollator(self._get_collator_with_removed_columns(self.data_collator))
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # each loss is a part of its update's
         self.loss_of_adapter = compute_loss_func
-        base: Any = model.get_base_model()
+        base = self._base = cast(Any, model.get_base_model())
         self._needs_labels = getattr(
             base.config, "is_encoder_decoder", False
         )  # its forward makes decoder inputs of them
@@ -215,7 +215,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the run's adapters. One whose weights were not finite any more has left the run, and stays so."""
         folder = Path(resume_from_checkpoint)
-        adapters = self._adapter_model()
+        adapters: Any = self._adapter_model()
         diverged = _diverged(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         for name, parameters in self.parameters_of.items():
             source = folder_of(folder, name, adapters)
@@ -256,8 +256,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             return loss
         logits = outputs.logits
         if self._shifts:
-            base = self._adapter_model().get_base_model()
-            causal_loss: Tensor = base.loss_function(
+            causal_loss: Tensor = self._base.loss_function(
                 logits=logits[rows], labels=labels[rows], vocab_size=logits.shape[-1], num_items_in_batch=count
             )
             return causal_loss
