@@ -129,9 +129,16 @@ def slices_by_adapter(adapter_names: Sequence[str]) -> dict[str, slice]:
     return slices
 
 
-def rows_of(value: Any, rows: Any, B: int) -> Any:
-    """Those rows of a tensor of B rows; any other value as it is."""
-    return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == B else value
+def split_rows(value: Any, slices: Mapping[str, slice], B: int) -> Sequence[Any]:
+    """For each adapter its rows of a tensor of B rows; any other value for all of them."""
+    if not _has_rows(value, B):
+        return [value] * len(slices)
+    parts: Sequence[Tensor] = value.split([rows.stop - rows.start for rows in slices.values()])
+    return parts
+
+
+def _has_rows(value: Any, B: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == B
 
 
 def without(inputs: Mapping[str, Any], adapters: set[str]) -> dict[str, Any] | None:
@@ -143,5 +150,5 @@ def without(inputs: Mapping[str, Any], adapters: set[str]) -> dict[str, Any] | N
     if not rows:
         return None
 
-    rest = {key: rows_of(value, rows, len(names)) for key, value in inputs.items()}
+    rest = {key: value[rows] if _has_rows(value, len(names)) else value for key, value in inputs.items()}
     return rest | {"adapter_names": [names[row] for row in rows]}

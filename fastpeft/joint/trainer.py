@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fastpeft.integrations.transformers import AdapterTrainerMixin, folder_of
-from fastpeft.joint.batches import JointBatches, JointCollator, TaggedRows, rows_of, slices_by_adapter, without
+from fastpeft.joint.batches import JointBatches, JointCollator, TaggedRows, slices_by_adapter, split_rows, without
 from fastpeft.joint.checks import arguments_of_all, check_arguments, make_trainable
 from fastpeft.joint.progress import SinceLog
 from fastpeft.joint.settings import AdapterTraining, Schedule
@@ -246,26 +246,32 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         labels = inputs["labels"]
         outputs = model(**{key: value for key, value in inputs.items() if key != "labels" or self._needs_labels})
         slices = slices_by_adapter(inputs["adapter_names"])
-        return {name: self._loss_of(outputs, labels, rows, counts[name]) for name, rows in slices.items()}, outputs
+        # split, not sliced: the gradients of the parts are joined once, instead of each being padded to the whole
+        wanted = labels.split([rows.stop - rows.start for rows in slices.values()])
+        used = outputs if self.loss_of_adapter is not None else {"logits": outputs.logits}
+        parts = {key: split_rows(value, slices, len(labels)) for key, value in used.items() if key != "loss"}
+        losses = {}
+        for i, name in enumerate(slices):
+            own = {key: part[i] for key, part in parts.items()}
+            if self.loss_of_adapter is not None:
+                losses[name] = self.loss_of_adapter(type(outputs)(**own), wanted[i], num_items_in_batch=counts[name])
+            else:
+                losses[name] = self._cross_entropy(own["logits"], wanted[i], counts[name])
+        return losses, outputs
 
-    def _loss_of(self, outputs: Any, labels: Tensor, rows: slice, count: Tensor) -> Tensor:
-        """The loss of one adapter's rows, divided by the number of its labels in the update."""
-        if self.loss_of_adapter is not None:
-            own = {key: rows_of(value, rows, len(labels)) for key, value in outputs.items() if key != "loss"}
-            loss: Tensor = self.loss_of_adapter(type(outputs)(**own), labels[rows], num_items_in_batch=count)
-            return loss
-        logits = outputs.logits
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+        """Of one adapter's rows, divided by the number of its labels in the update."""
         if self._shifts:
-            causal_loss: Tensor = self._base.loss_function(
-                logits=logits[rows], labels=labels[rows], vocab_size=logits.shape[-1], num_items_in_batch=count
+            loss: Tensor = self._base.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=count
             )
-            return causal_loss
+            return loss
         if logits.shape[:-1] != labels.shape or labels.is_floating_point():
             raise ValueError(
                 f"no loss is known for labels of shape {tuple(labels.shape)}, {labels.dtype}, and logits of shape "
                 f"{tuple(logits.shape)}; give one with compute_loss_func"
             )
-        flat, wanted = logits[rows].flatten(0, -2).float(), labels[rows].flatten()
+        flat, wanted = logits.flatten(0, -2).float(), labels.flatten()
         return nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum") / count
 
     # Gradients.
