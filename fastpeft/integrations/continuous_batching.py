@@ -83,8 +83,9 @@ def check_transformers() -> None:
     if missing:
         raise ImportError(
             f"adapters in continuous batching hang on names inside transformers, and version "
-            f"{transformers.__version__} lacks: {'; '.join(missing)}. They were written for transformers {WRITTEN_FOR}: "
-            f"install that (pip install 'transformers=={WRITTEN_FOR}.*'), or call model.generate(adapter_names=[...])"
+            f"{transformers.__version__} lacks: {'; '.join(missing)}. They were written for transformers "
+            f"{WRITTEN_FOR}: install that (pip install 'transformers=={WRITTEN_FOR}.*'), or call "
+            "model.generate(adapter_names=[...])"
         )
 
 
@@ -141,8 +142,8 @@ class _Batch:
 class RequestRouter:
     """Lets each request of one manager take its own adapter.
 
-    A request that was not bound takes no adapter and shares no cached blocks. To be made before the manager is started; a second router of the same
-    manager is the first one.
+    A request that was not bound takes no adapter and shares no cached blocks. To be made before the manager is started;
+    a second router of the same manager is the first one.
 
     Args:
         manager: what `init_continuous_batching` of the base model returned.
@@ -171,8 +172,8 @@ class RequestRouter:
         check_transformers()
         if any(manager.continuous_batching_config.cuda_graph_booleans):
             raise ValueError(
-                "this manager uses CUDA graphs, which replay the adapters of the batch they were captured with; make it "
-                "with fastpeft.integrations.continuous_batching.config_for_adapters(config)"
+                "this manager uses CUDA graphs, which replay the adapters of the batch they were captured with; make "
+                "it with fastpeft.integrations.continuous_batching.config_for_adapters(config)"
             )
         if manager.batch_processor is not None:
             raise ValueError("this manager has run already; make the RequestRouter before its warmup or start")
@@ -217,7 +218,7 @@ class RequestRouter:
         return processor
 
     def _follow(self, processor: Any) -> None:
-        """Stand in the way of five calls of a batch processor: two say what a forward computes, three keep the cache."""
+        """Stand in the way of five calls of a processor: two say what a forward computes, three keep the cache."""
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         inputs, runner = processor.inputs_and_outputs, processor.model_runner
@@ -295,3 +296,9 @@ def _masks(cache_key: str) -> list[int]:
     """16 numbers of 31 bits, from the key alone: the same in every process of a tensor-parallel group."""
     digest = hashlib.blake2b(cache_key.encode(), digest_size=64).digest()
     return [int.from_bytes(digest[i : i + 4], "little") >> 1 for i in range(0, 64, 4)]
+
+
+def fatal_error_of(manager: Any) -> Exception | None:
+    """What ended the generation loop of a manager, None while nothing has."""
+    error: Exception | None = manager.background_thread_status.fatal_error
+    return error

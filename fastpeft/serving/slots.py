@@ -55,7 +55,9 @@ class _Part:
         return value
 
     def remove(self, slot: str) -> None:
-        del self.container[slot]
+        """Take the slot's value away, if it has one."""
+        if slot in self.container:
+            del self.container[slot]
         if isinstance(self.owner, AuxiliaryTrainingWrapper):
             self.owner._adapters.discard(slot)
 
@@ -69,7 +71,11 @@ class _Pattern:
 
     def put(self, slot: str) -> dict[str, Tensor]:
         """Put an adapter into the layers under the slot's name. Returns its tensors by the keys of a file."""
-        values = [part.put(slot) for part in self.parts]
+        try:
+            values = [part.put(slot) for part in self.parts]
+        except BaseException:  # out of memory
+            self.remove(slot)
+            raise
         inside = [dict(_tensors_of(value)) for value in values]
         return {key: inside[number][name] for key, (number, name) in self.places.items()}
 
@@ -101,7 +107,7 @@ class AdapterSlots:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"expected a number of slots of at least 1, got {count!r}")
         self.names = tuple(f"fastpeft_slot_{i}" for i in range(count))
-        self.base_model = cast(nn.Module, model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.copied, self.built = 0, 0  # loads in place, and with new tensors
         self._wrapped: PeftModel | None = model if isinstance(model, PeftModel) else None
