@@ -111,7 +111,8 @@ class PeftModel(SavedAdapters, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the active adapters.
 
-        `adapter_names=[...]` (eval mode) picks an adapter for each row of the batch, "__base__" for none.
+        `adapter_names=[...]` picks an adapter for each row of the batch, "__base__" for none, {"a": 0.7, "b": 0.3} for
+        several with weights; also a `fastpeft.Routing`. Each adapter gets the gradients of its own rows.
         """
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model()(*args, **self._base_kwargs(kwargs))
@@ -127,7 +128,7 @@ class PeftModel(SavedAdapters, nn.Module):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """The context in which the tuner honours `special_peft_forward_args`; an empty one where none is given."""
         given = sorted(name for name in self.special_peft_forward_args if kwargs.get(name) is not None)
-        if not given or not self.has_active_enabled_adapter:
+        if not given or self._adapters_disabled:
             return nullcontext()
         if "alora_offsets" in given:
             raise NotImplementedError("alora_offsets belongs to activated LoRA, which is not supported yet")

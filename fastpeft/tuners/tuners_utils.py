@@ -3,13 +3,14 @@
 import dataclasses
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastpeft.not_yet import METHODS_NOT_YET
+from fastpeft.routing import as_routing, carried_by_checkpoints, check_names, routed
 from fastpeft.tuners import merging, targets
 from fastpeft.tuners.switching import (
     cast_adapter_dtype,
@@ -311,6 +312,28 @@ class BaseTuner(nn.Module, ABC):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """While this context lasts, the layers follow the `adapter_names` of a mixed batch, if any are given.
+
+        Args:
+            adapter_names: an adapter for each row of the batch, see `Routing.by_row`; or a Routing.
+            num_beams, num_return_sequences, generation_config: of a generation, which repeats every row so often.
+
+        Raises:
+            TypeError, ValueError: `adapter_names` is nothing of the kind, or has a name that no adapter has.
+        """
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        routing = as_routing(adapter_names)
+        check_names(routing, self.peft_config)
+        if repeats := _repeats_of_rows(kwargs):
+            routing = routing.expanded(*repeats)
+        with routed(routing), carried_by_checkpoints(self.model):
+            yield
+
     def _check_names(self, names: Sequence[str]) -> None:
         unknown = sorted(set(names) - set(self.peft_config))
         if unknown:
@@ -443,3 +466,11 @@ def _check_adapter_name(name: str) -> None:
             f"{name!r} cannot be the name of an adapter: expected a non-empty string without dots that is not the name "
             "of a method of torch.nn.ModuleDict"
         )
+
+
+def _repeats_of_rows(kwargs: dict[str, Any]) -> set[int]:
+    """How often the model may see a row of a batch that it generates for: once a beam, or a returned sequence."""
+    config = kwargs.get("generation_config")
+    options = ("num_beams", "num_return_sequences")
+    repeats = {kwargs.get(option) or getattr(config, option, None) or 1 for option in options}
+    return repeats - {1}

@@ -7,38 +7,20 @@ PEFT's: `<path>.original_module.*` and `<path>.modules_to_save.<adapter>.*`.
 import copy
 import inspect
 from collections.abc import Sequence
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
-import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
+from fastpeft.routing import Routing, as_routing, routing_for
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.integrations import gather_params_ctx
 from fastpeft.utils.modules import set_requires_grad_on
 
-BASE = "__base__"  # in `adapter_names`: this row of the batch takes no adapter
-
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 _ROWWISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # row i of the output depends on row i alone
-
-
-def rows_by_adapter(adapter_names: Sequence[str]) -> dict[str, list[int]]:
-    """Adapter name -> the rows of the batch that ask for it, in order of first appearance."""
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(adapter_names):
-        rows.setdefault(name, []).append(row)
-    return rows
-
-
-def check_batch_size(x: Tensor, adapter_names: Sequence[str]) -> None:
-    """Raises ValueError unless there is one adapter name per row of x."""
-    if len(x) != len(adapter_names):
-        raise ValueError(
-            f"adapter_names needs one name per row of the batch: expected {len(x)} names, got {len(adapter_names)}. "
-            f"Rows that should take no adapter are named {BASE!r}."
-        )
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -166,29 +148,36 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None or self._disable_adapters:
+        routing = routing_for(self) if adapter_names is None else as_routing(adapter_names)
+        if routing is None or self._disable_adapters:
             return self._current_module()(*args, **kwargs)
-        return self._mixed_batch_forward(*args, adapter_names=adapter_names, **kwargs)
+        return self._routed_forward(routing, *args, **kwargs)
 
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
-        """Each row of x through the module of its own adapter."""
+    def _routed_forward(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Each row of x through the module of its own adapter; several add what they differ by, times their weight."""
         if not isinstance(self.original_module, _ROWWISE):
             raise TypeError(
                 f"a batch of mixed adapters cannot pass through a whole {type(self.original_module).__name__} in "
                 f"modules_to_save; supported are {', '.join(c.__name__ for c in _ROWWISE)}. "
                 "Run one batch per adapter instead."
             )
-        check_batch_size(x, adapter_names)
-        order: list[int] = []
-        parts = []
-        for name, rows in rows_by_adapter(adapter_names).items():
-            module = self.original_module if name == BASE else self.module_of(name)
-            if module is self.original_module:  # whole, so that these rows get the very bits of the base model
-                parts.append(module(x, *args, **kwargs)[rows])
-            else:
-                parts.append(module(x[rows], *args, **kwargs))
-            order += rows
-        return torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
+        shape = x.shape[: _leading(self.original_module, x)]
+        names = tuple(name for name in routing.names if self.module_of(name) is not self.original_module)
+        tables = routing.tables(shape, names, x.device)
+        base = self.original_module(x, *args, **kwargs)  # whole, so that its rows keep the very bits of the base model
+        flat = x.reshape(-1, *x.shape[len(shape) :])
+        out = flat_base = base.reshape(len(flat), *base.shape[len(shape) :])
+        for p, (order, bounds) in enumerate(zip(tables.rows.long(), tables.starts.tolist(), strict=True)):
+            for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
+                if begin == end:
+                    continue
+                rows = order[begin:end]
+                part = self.module_of(name)(flat[rows], *args, **kwargs)
+                if tables.weights is not None:
+                    change = (part - flat_base[rows]) * tables.weights[p, begin:end].view(-1, *[1] * (part.ndim - 1))
+                    part = (out[rows] + change).to(out.dtype)
+                out = out.index_copy(0, rows, part)
+        return out.view(base.shape)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the wrapper lacks are those of the module that would run (`lm_head.weight`, ...)."""
@@ -199,6 +188,13 @@ class AuxiliaryTrainingWrapper(nn.Module):
             if name.startswith("__") or "original_module" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self._current_module(), name)
+
+
+def _leading(module: nn.Module, x: Tensor) -> int:
+    """How many leading dimensions of x count rows: without the features of a linear layer; all of an embedding's."""
+    if isinstance(module, nn.Linear):
+        return x.ndim - 1
+    return x.ndim if isinstance(module, nn.Embedding) else 1
 
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):

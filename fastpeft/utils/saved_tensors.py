@@ -1,4 +1,4 @@
-"""What hangs on the tensors that autograd saves. Torch has no public way to tell: it is asked here and nowhere else."""
+"""What autograd is doing around us. Torch has no public way to tell: it is asked here and nowhere else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,3 +19,8 @@ def hooks_around() -> Hooks | None:
 def is_checkpoint(hooks: Hooks | None) -> bool:
     """Whether these are gradient checkpointing's own, not reentrant: what runs now may run once more in backward."""
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def in_backward() -> bool:
+    """Whether this runs inside a backward pass, as the recomputation of a checkpoint does."""
+    return bool(torch._C._current_graph_task_id() != -1)

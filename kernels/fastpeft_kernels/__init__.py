@@ -5,6 +5,8 @@ from fastpeft_kernels.dora import dora_linear, dora_norm
 from fastpeft_kernels.dropout import dropout
 from fastpeft_kernels.lora import lora_add, lora_linear
 from fastpeft_kernels.lora_group import LoraOperands, lora_group
+from fastpeft_kernels.routed import expand_routed, lora_routed, shrink_routed
+from fastpeft_kernels.routed_columns import gather_routed, scale_routed
 from fastpeft_kernels.scale import scale_columns, scale_linear
 
 __all__ = [
@@ -17,10 +19,15 @@ __all__ = [
     "dora_linear",
     "dora_norm",
     "dropout",
+    "expand_routed",
+    "gather_routed",
     "lora_add",
     "lora_group",
     "lora_linear",
+    "lora_routed",
     "product",
     "scale_columns",
     "scale_linear",
+    "scale_routed",
+    "shrink_routed",
 ]

@@ -21,6 +21,7 @@ TILE_COLUMNS = 1536
 ONEDNN_ROWS = 256  # oneDNN's sums over more rows are noisier than torch.mm's
 
 FEW_ROWS = 16  # decoding: bound by the number of torch's operators, not by what they move
+WIDENED_ROWS = 128  # so few rows are widened whole: three operators, and fp32's own product
 
 
 def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -75,8 +76,8 @@ def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tenso
 
 def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
     """out += drop(S Bᵀ) in place: out (M, N), S (M, r), B (N, r) of any strides, S and B of one dtype."""
-    if mask is None and S.dtype != out.dtype and out.shape[0] <= FEW_ROWS:
-        return out.add_(F.linear(S, B))
+    if mask is None and S.dtype != out.dtype and out.shape[0] <= WIDENED_ROWS:
+        return out.copy_(out.to(S.dtype).addmm_(S, B.t()))
     if S.dtype == torch.float32 and out.dtype == torch.bfloat16:
         # One bf16 product, summed in fp32. B's rounding weighs as much as that of the output, at most: 1.41 x eager's
         # error where nothing but the low-rank part is there, less wherever the base's own rounding comes in.

@@ -293,14 +293,6 @@ def test_compiles_to_one_graph():
     assert_no_noisier_than_torch(output_and_gradients(model, "llama"), eager, exact)
 
 
-def test_mixed_batches_are_refused_as_by_the_reference():
-    both = dora_pair("llama")
-    both.add_adapter("other", target_modules=["q_proj"], r=3)
-    for model in both:
-        with pytest.raises(ValueError, match=r"(?i)adapter_names.* DoRA"):
-            output(model.eval(), "llama", adapter_names=["default", "other", "__base__"])
-
-
 def test_lora_bias_is_refused_as_by_the_reference():
     for library in (peft, fastpeft):
         with pytest.raises(ValueError, match="use_dora"):

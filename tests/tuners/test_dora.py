@@ -289,12 +289,6 @@ def test_embeddings_are_refused_before_anything_is_changed():
     assert not any("lora" in name for name, _ in base.named_parameters())
 
 
-def test_rows_of_a_batch_cannot_choose_it():
-    model = adapted().eval()
-    with pytest.raises(ValueError, match=r"cannot be used with DoRA adapters, and \['default'\] are"):
-        layer_of(model)(torch.randn(2, 24), adapter_names=["default", "__base__"])
-
-
 def test_offloading_its_initialisation_is_refused():
     runtime = fastpeft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
     with pytest.raises(NotImplementedError, match="ephemeral_gpu_offload=True is not supported yet"):

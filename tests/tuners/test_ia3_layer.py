@@ -418,16 +418,6 @@ def test_other_methods_are_not_mixed_in():
         fastpeft.inject_adapter_in_model(lora, model.base_model.model, "other")
 
 
-def test_rows_with_adapters_of_their_own_are_refused():
-    """Reference PEFT takes adapter_names for IA3 and ignores it."""
-    model, inputs = tiny().eval(), models.batch("llama")
-    with pytest.raises(NotImplementedError, match=r"adapter_names .* not supported for IA3 yet"):
-        model(**inputs, adapter_names=["default", "__base__", "default"])
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        ia3("linear", True)(input_of(), adapter_names=["default"] * 3)
-    model(**inputs)
-
-
 def test_add_weighted_adapter_is_not_built_yet():
     with pytest.raises(AttributeError, match="add_weighted_adapter is not supported yet"):
         tiny().base_model.add_weighted_adapter  # noqa: B018

@@ -449,39 +449,18 @@ def test_offloaded_layers_are_merged_where_they_are():
 
 def test_names_of_a_mixed_batch_are_checked():
     tuner = tuner_of().train()
-    hooks = [len(module._forward_pre_hooks) for module in tuner.modules()]
     names = ["default", "__base__", "default"]
-    with pytest.raises(ValueError, match="inference only"), tuner._enable_peft_forward_hooks(adapter_names=names):
-        pass
-    tuner.eval()
+    before = logits(tuner)
     with pytest.raises(TypeError, match="one name per row"), tuner._enable_peft_forward_hooks(adapter_names="default"):
         pass
     with (
-        pytest.raises(ValueError, match="no adapter 'typo'; there are default"),
+        pytest.raises(ValueError, match=r"no adapter \['typo'\]; there are \['default'\]"),
         tuner._enable_peft_forward_hooks(adapter_names=["typo"] * 3),
     ):
         pass
     with pytest.raises(RuntimeError, match="boom"), tuner._enable_peft_forward_hooks(adapter_names=names):
         raise RuntimeError("boom")
-    assert [len(module._forward_pre_hooks) for module in tuner.modules()] == hooks
-
-
-def test_mixed_batch_with_beams_repeats_names_outside_the_encoder():
-    tuner = tuner_of("t5").eval()
-    add(tuner, "second", target_modules=["q"])
-    seen = {}
-
-    def record(name):
-        return lambda module, args, kwargs: seen.setdefault(name, kwargs["adapter_names"]) and None
-
-    with tuner._enable_peft_forward_hooks(adapter_names=["second", "__base__"], num_beams=3):
-        for stack in ("encoder", "decoder"):
-            layer = getattr(tuner.model, stack).block[0].layer[0].SelfAttention.q
-            layer.register_forward_pre_hook(record(stack), with_kwargs=True)
-        encoded = torch.randn(2, 4, 32)
-        tuner.model.encoder.block[0].layer[0].SelfAttention.q(encoded)
-        tuner.model.decoder.block[0].layer[0].SelfAttention.q(encoded.repeat_interleave(3, 0))
-    assert seen == {"encoder": ["second", "__base__"], "decoder": ["second"] * 3 + ["__base__"] * 3}
+    assert torch.equal(logits(tuner), before)
 
 
 # Helpers.

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpeft.routing import Routing, RoutingTables, as_routing, routing_for
 from fastpeft.tuners.bases import Base, EmbeddingBase, base_for
 from fastpeft.tuners.eligibility import base_parts, is_ordinary
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
-from fastpeft_kernels import scale_columns, scale_linear
+from fastpeft_kernels import scale_columns, scale_linear, scale_routed
 
 
 @dataclass
@@ -211,9 +212,13 @@ class IA3Layer(nn.Module, BaseTunerLayer):
 
         Args:
             x: the base layer's input, (..., K).
+            adapter_names: with this keyword, row i of the batch takes the adapter of that name and no other; else
+                the routing in force decides (fastpeft.routing), or the active adapters where there is none.
         """
-        if kwargs.pop("adapter_names", None) is not None:
-            raise NotImplementedError(ROWS_NOT_YET)
+        adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
+        routing = routing_for(self) if adapter_names is None else as_routing(adapter_names)
+        if routing is not None and not self._disable_adapters:
+            return self._routed_forward(routing, x, *args, **kwargs)
         if self._disable_adapters and self.merged:
             self.unmerge()
         base_layer: Any = self._modules["base_layer"]
@@ -226,6 +231,19 @@ class IA3Layer(nn.Module, BaseTunerLayer):
             base = base_layer._parameters
             return scale_linear(x, vector, base["weight"], base["bias"])
         return base_layer(_scale(x, vector), *args, **kwargs)
+
+    def _routed_forward(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Each row by the vectors that the routing names; the others keep the base's own bits."""
+        if self.merged:
+            raise ValueError(
+                f"adapter_names cannot be used while {self.merged_adapters} are merged; unmerge them first"
+            )
+        names = tuple(name for name in routing.names if name in self.ia3_l)
+        tables = routing.tables(x.shape[:-1], names, x.device)
+        vectors = [self.ia3_l[name].flatten() for name in names]
+        if self.is_feedforward:
+            return self.base_layer(_scale_rows(x, vectors, tables), *args, **kwargs)  # type: ignore[no-any-return]
+        return _scale_rows(self.base_layer(x, *args, **kwargs), vectors, tables)
 
     def _vector(self) -> Tensor | None:
         """The product of the active adapters' vectors, of one adapter its Parameter itself; None where none is active.
@@ -263,17 +281,28 @@ class IA3Layer(nn.Module, BaseTunerLayer):
         return f"ia3.{super().__repr__()}"
 
 
-ROWS_NOT_YET = (
-    "adapter_names (one adapter a row of the batch) is not supported for IA3 yet: call the model once per adapter, "
-    "with set_adapter before each call"
-)
-
-
 def _scale(x: Tensor, vector: Tensor) -> Tensor:
     """x · vector in x's dtype: by the op, or in plain torch where only that can be transformed or exported."""
     if is_ordinary(x) and is_ordinary(vector):
         return scale_columns(x, vector)
     return (x * vector.flatten()).to(x.dtype)
+
+
+def _scale_rows(x: Tensor, vectors: list[Tensor], tables: RoutingTables) -> Tensor:
+    """Each row of x times 1 + Σ weight · (vector - 1) over its entries, in x's dtype."""
+    if not vectors:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    if is_ordinary(x) and all(is_ordinary(vector) for vector in vectors):
+        return scale_routed(rows, vectors, *tables).view(x.shape)
+    order, starts, weights = tables
+    changes = torch.stack([*(vector - 1 for vector in vectors), torch.zeros_like(vectors[0])])
+    factor = torch.ones_like(rows, dtype=changes.dtype)
+    for p, (line, bounds) in enumerate(zip(order.long(), starts.long(), strict=True)):
+        slots = torch.bucketize(torch.arange(len(line), device=line.device), bounds[1:], right=True)
+        change = changes[slots] if weights is None else changes[slots] * weights[p].unsqueeze(1)
+        factor = factor.index_add(0, line, change)
+    return (rows * factor).to(x.dtype).view(x.shape)
 
 
 class Linear(IA3Layer):

@@ -2,13 +2,12 @@
 
 import re
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastpeft.tuners.ia3.config import IA3Config
-from fastpeft.tuners.ia3.layer import ROWS_NOT_YET, IA3Layer, Linear, linear_base_for
+from fastpeft.tuners.ia3.layer import IA3Layer, Linear, linear_base_for
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.tuners.tuners_utils import BaseTuner
 from fastpeft.utils.constants import (
@@ -94,12 +93,6 @@ class IA3Model(BaseTuner):
         peft_config.fan_in_fan_out = layer.fan_in_fan_out
         layer.train(target.training)
         setattr(parent, target_name, layer)
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """Nothing to enable. Raises NotImplementedError for the `adapter_names` of a mixed batch."""
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(ROWS_NOT_YET)
-        return nullcontext()
 
 
 def is_feedforward(config: Any, key: str) -> bool:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpeft.routing import as_routing, routing_for
 from fastpeft.tuners.bases import Base, base_for
 from fastpeft.tuners.lora.fused import fused_forward
+from fastpeft.tuners.lora.routed import routed_forward
 from fastpeft.tuners.lora.variants import LoraVariant, variant_for
 from fastpeft.tuners.shared_inputs import InputGroup
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
-from fastpeft.utils.auxiliary import BASE, check_batch_size, rows_by_adapter
 from fastpeft.utils.warning import PeftWarning
 
 
@@ -245,24 +246,23 @@ class LoraLayer(nn.Module, BaseTunerLayer):
 
         Args:
             x: the base layer's input, (..., K), or integer ids for an embedding.
-            adapter_names: with this keyword, row i of the batch takes the adapter of that name and no other.
+            adapter_names: with this keyword, row i of the batch takes the adapter of that name and no other; else
+                the routing in force decides (fastpeft.routing), or the active adapters where there is none.
         """
         adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
         if kwargs and kwargs.pop("alora_offsets", None) is not None:
             raise NotImplementedError("alora_offsets (activated LoRA) is not supported yet")
-        if adapter_names is not None:
-            self._check_forward_args(x, adapter_names=adapter_names)
+        routing = routing_for(self) if adapter_names is None else as_routing(adapter_names)
+        if routing is not None and not self._disable_adapters:
+            return routed_forward(self, routing, x, *args, **kwargs)
         if self._disable_adapters and self.merged:
             self.unmerge()
         adapters = self.adapters_to_apply()
-        if adapters and adapter_names is None and not args and not kwargs:
+        if adapters and not args and not kwargs:
             out = fused_forward(self, adapters, x)
             if out is not None:
                 return out
-        out = self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None and not self._disable_adapters:
-            return self._add_by_row(out, x, adapter_names)
-        return self._add(out, x, adapters)
+        return self._add(self.base_layer(x, *args, **kwargs), x, adapters)
 
     def adapters_to_apply(self) -> list[str]:
         """The adapters that a forward without `adapter_names` adds, in order."""
@@ -279,27 +279,6 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         for name in adapters:
             out = self.variants[name].add(self, name, out, x)
         return out.to(dtype)
-
-    def _add_by_row(self, out: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        """Add to each row of the batch the adapter it names; the other rows keep their bits."""
-        for name, rows in rows_by_adapter(adapter_names).items():
-            if name != BASE and name in self.r:
-                index = torch.tensor(rows, device=out.device)
-                out = out.index_copy(0, index, self._add(out[index], x[index.to(x.device)], [name]))
-        return out
-
-    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
-            return
-        check_batch_size(x, adapter_names)
-        dora = sorted({name for name in adapter_names if self.use_dora.get(name, False)})
-        if dora:
-            raise ValueError(f"adapter_names cannot be used with DoRA adapters, and {dora} are; use them one at a time")
-        if self.merged:
-            raise ValueError(
-                f"adapter_names cannot be used while {self.merged_adapters} are merged; unmerge them first"
-            )
 
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"

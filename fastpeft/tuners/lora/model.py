@@ -1,9 +1,6 @@
 """LoRA's tuner: which layer class a module gets, with which rank."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,7 +12,6 @@ from fastpeft.tuners.shared_inputs import regroup
 from fastpeft.tuners.targets import resolve_pattern
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.tuners.tuners_utils import BaseTuner
-from fastpeft.utils.auxiliary import BASE, AuxiliaryTrainingWrapper
 from fastpeft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
@@ -81,54 +77,3 @@ class LoraModel(BaseTuner):
         layer = layer_cls(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha, target_name=current_key)
         layer.train(target.training)
         return layer
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While this context lasts, every layer gets the `adapter_names` of a mixed batch, one name a row.
-
-        Raises:
-            ValueError: in training mode, or a name that no layer knows.
-        """
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        self._check_adapter_names(adapter_names)
-        beams = kwargs.get("num_beams")
-        beams = beams if isinstance(beams, int) and beams > 1 else 1
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        in_encoder = set(self._encoder_modules()) if beams > 1 else set()  # the encoder sees each input once
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
-                    names = list(adapter_names) if module in in_encoder else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
-        if self.training:
-            raise ValueError("adapter_names works at inference only: call model.eval() first")
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names needs one name per row of the batch, got the string {adapter_names!r}")
-        known = {name for module in self.modules() if isinstance(module, LoraLayer) for name in module.r}
-        unknown = sorted(set(adapter_names) - known - {BASE})
-        if unknown:
-            raise ValueError(
-                f"adapter_names: no adapter {', '.join(map(repr, unknown))}; there are {', '.join(sorted(known))}, and "
-                f"{BASE!r} for none"
-            )
-
-    def _encoder_modules(self) -> Iterator[nn.Module]:
-        model: Any = self.model
-        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-        if encoder is not None and encoder is not model:  # transformers: the model itself where there is none
-            yield from encoder.modules()
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": adapter_names}

@@ -95,6 +95,12 @@ class DoraVariant(LoraVariant):
         W, bias, A, B, scaling, p = operands
         return dora_linear(x, W, bias, A, B, self._magnitude(layer, adapter), scaling, p if layer.training else 0.0)
 
+    def row_scale(self, layer: Any, adapter: str) -> Tensor:
+        """magnitude / norm, what the rows of W + scaling · B A are multiplied by: (N,); the norm gets no gradient."""
+        A, B = layer.base.factors(layer, adapter)
+        W = layer.base.store(layer.get_base_layer().weight)
+        return self._magnitude(layer, adapter) / dora_norm(W, A, B, layer.scaling[adapter])
+
     def add(self, layer: Any, adapter: str, out: Tensor, x: Tensor) -> Tensor:
         """PEFT's formula, module by module: without dropout, the output so far is taken for the base product."""
         A, B, dropout = (container[adapter] for container in (layer.lora_A, layer.lora_B, layer.lora_dropout))

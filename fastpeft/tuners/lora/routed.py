@@ -1,0 +1,166 @@
+"""A LoRA layer in a batch of mixed adapters: every row takes those that the routing in force names.
+
+The base layer runs as it is. What the routed ops may compute (plain factors that nobody watches) takes them, whatever
+the number of adapters; other adapters are added one after the other, through their own modules, to the rows they have.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.routing import Routing, RoutingTables
+from fastpeft.tuners.bases import EmbeddingBase
+from fastpeft.tuners.eligibility import base_parts, is_ordinary
+from fastpeft.tuners.lora.fused import adapter_parts
+from fastpeft_kernels import expand_routed, gather_routed, lora_routed, scale_routed
+from fastpeft_kernels.dropout import draw_mask, dropout_scale
+
+
+def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's output, in the base layer's output dtype; rows without an adapter have the base's own bits.
+
+    Raises:
+        ValueError: the batch has other rows than the routing, or an adapter is merged.
+    """
+    if layer.merged:
+        raise ValueError(f"adapter_names cannot be used while {layer.merged_adapters} are merged; unmerge them first")
+    base = layer.base_layer(x, *args, **kwargs)
+    names = tuple(name for name in routing.names if name in layer.r)
+    shape = x.shape if isinstance(layer.base, EmbeddingBase) else x.shape[:-1]
+    routing.tables(shape, names, x.device)  # the rows must fit, even where this layer has nothing to add
+    if not names:
+        return base  # type: ignore[no-any-return]
+    ordinary = is_ordinary(x) and is_ordinary(base)
+    together: dict[torch.dtype, list[str]] = {}
+    alone = []
+    for name in names:
+        dtype = _dtype_for_ops(layer, name, x) if ordinary else None
+        if dtype is None:
+            alone.append(name)
+        else:
+            together.setdefault(dtype, []).append(name)
+    out = base
+    for group in together.values():
+        tables = routing.tables(shape, tuple(group), x.device)
+        out = _add_together(layer, group, tables, out, x)
+    for name in alone:
+        out = _add_alone(layer, name, routing.tables(shape, (name,), x.device), base, out, x)
+    return out  # type: ignore[no-any-return]
+
+
+def _dtype_for_ops(layer: Any, name: str, x: Tensor) -> torch.dtype | None:
+    """The dtype of an adapter's factors if the routed ops may read them, or None."""
+    if isinstance(layer.base, EmbeddingBase):
+        return _embedding_dtype(layer, name)
+    parts = adapter_parts(layer, name)
+    if isinstance(parts, str):
+        return None
+    A, _, p = parts
+    variant = layer.variants[name]
+    if not variant.is_a_sum and (p > 0 or variant.obstacle(layer, name) or isinstance(base_parts(layer), str)):
+        return None  # with dropout, DoRA's base product is one of its own
+    if x.dtype != A.dtype and A.dtype != torch.float32:
+        return None
+    return A.dtype
+
+
+def _embedding_dtype(layer: Any, name: str) -> torch.dtype | None:
+    module, factors = layer.get_base_layer(), layer.base.factors(layer, name)
+    special = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    padded = module.padding_idx is not None and torch.is_grad_enabled()  # that row must get no gradient
+    plain = all(type(factor) is nn.Parameter and not factor.is_meta for factor in factors)
+    same = factors[0].dtype == factors[1].dtype
+    return factors[0].dtype if plain and same and not special and not padded else None
+
+
+def _add_together(layer: Any, names: Sequence[str], tables: RoutingTables, out: Tensor, x: Tensor) -> Tensor:
+    """out with these adapters, by the routed ops."""
+    rows, starts, weights = tables
+    flat = out.reshape(-1, out.shape[-1])
+    scales = [layer.scaling[name] for name in names]
+    if isinstance(layer.base, EmbeddingBase):
+        As, Bs = (list(parts) for parts in zip(*(layer.base.factors(layer, name) for name in names), strict=True))
+        S = gather_routed(x.reshape(-1), As, scales, rows, starts, weights)
+        factor = layer.base.embed_scale(layer.get_base_layer())
+        return expand_routed(flat, S if factor is None else S * factor.to(S.dtype), Bs, rows, starts).view(out.shape)
+    factors = [adapter_parts(layer, name) for name in names]
+    As, Bs, ps = (list(parts) for parts in zip(*factors, strict=True))
+    if not all(layer.variants[name].is_a_sum for name in names):
+        flat, Bs = _with_magnitudes(layer, names, tables, flat, Bs)
+    x = x.reshape(-1, x.shape[-1])
+    if any(ps):
+        return _add_with_dropout(flat, x, As, Bs, scales, ps, tables).view(out.shape)
+    return lora_routed(flat, x, As, Bs, scales, rows, starts, weights).view(out.shape)
+
+
+def _with_magnitudes(
+    layer: Any, names: Sequence[str], tables: RoutingTables, base: Tensor, Bs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """DoRA, g · (base + s B A x) with g = magnitude / norm: the scaled base, and g · B in the place of B."""
+    vectors: list[Tensor | None] = []
+    scaled = []
+    for name, B in zip(names, Bs, strict=True):
+        variant = layer.variants[name]
+        g = None if variant.is_a_sum else variant.row_scale(layer, name)
+        vectors.append(g)
+        scaled.append(B if g is None else (B * g.unsqueeze(1)).to(B.dtype))
+    return scale_routed(base, vectors, *tables, layer.get_base_layer().bias), scaled
+
+
+def _add_with_dropout(
+    out: Tensor,
+    x: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    tables: RoutingTables,
+) -> Tensor:
+    """A row's adapters drop independently: those of another pass draw another mask."""
+    rows, starts, weights = tables
+    scales = [scale * dropout_scale(p) for scale, p in zip(scales, ps, strict=True)]
+    for p in range(len(rows)):
+        line = slice(p, p + 1)
+        mask = _mask(x, ps, rows[p], starts[p])
+        line_weights = None if weights is None else weights[line]
+        out = lora_routed(out, x, As, Bs, scales, rows[line], starts[line], line_weights, mask)
+    return out
+
+
+def _mask(x: Tensor, ps: Sequence[float], rows: Tensor, starts: Tensor) -> Tensor:
+    """One draw over all rows for each probability that occurs, whatever the number of adapters."""
+    different = list(dict.fromkeys(ps))
+    if len(different) == 1:
+        return draw_mask(x, different[0])
+    lengths = torch.cat([starts.diff(), (len(rows) - starts[-1]).reshape(1)]).long()
+    which = torch.tensor([*(different.index(p) for p in ps), 0], device=x.device)
+    of_line = torch.repeat_interleave(which, lengths, output_size=len(rows))
+    of_row = torch.empty_like(of_line).index_copy_(0, rows.long(), of_line).unsqueeze(1)
+    mask = None
+    for i, p in enumerate(different):
+        drawn = draw_mask(x, p) if p > 0 else x.new_full((1, 1), -1, dtype=torch.int32)
+        mask = drawn.expand(len(x), -(-x.shape[1] // 32)) if mask is None else torch.where(of_row == i, drawn, mask)
+    assert mask is not None
+    return mask.contiguous()
+
+
+def _add_alone(layer: Any, name: str, tables: RoutingTables, base: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    """out with one adapter, through its own modules, on the rows that take it."""
+    (order,), (bounds,), weights = tables  # one adapter, one pass
+    count = int(bounds[1])
+    if not count:
+        return out
+    index = order[:count].long()
+    flat, flat_base = out.reshape(-1, out.shape[-1]), base.reshape(-1, base.shape[-1])
+    x = x.reshape(-1) if isinstance(layer.base, EmbeddingBase) else x.reshape(-1, x.shape[-1])
+    rows, base_rows = flat[index], flat_base[index]
+    if layer.variants[name].is_a_sum and weights is None:
+        added = layer._add(rows, x[index], [name])
+    else:  # what it adds to the base alone, as one summand of the row
+        wide = torch.promote_types(base_rows.dtype, torch.float32)
+        delta = layer._add(base_rows.to(wide), x[index], [name]) - base_rows
+        weighted = delta if weights is None else delta * weights[0, :count].unsqueeze(1)
+        added = (rows + weighted).to(out.dtype)
+    return flat.index_copy(0, index, added).view(out.shape)

@@ -1,0 +1,394 @@
+"""LoRA for a batch whose rows take different adapters: out[m] = base[m] + Σ w · s_j · drop(x[m]) A_jᵀ B_jᵀ over the
+entries (slot j, weight w) of row m. LoRA: arXiv:2106.09685 section 4.1; batches of many adapters: arXiv:2310.18547.
+
+An adapter is a slot, a number below A; three tensors on x's device say who takes what, P being the most entries of a
+row (1 in all but weighted batches):
+
+    rows     (P, M) int32      pass p's order of all M rows: those with a p-th entry first, by slot, the others last
+    starts   (P, A + 1) int32  the entries of slot j in pass p are rows[p, starts[p, j] : starts[p, j + 1]]
+    weights  (P, M) fp32       of each entry, in the order of `rows`; None where all are 1
+
+Shapes depend on P, M and A alone, so that a CUDA graph replays with other routings in the same tensors. S is kept by
+entry: line e of pass p, (P, M, R), belongs to row rows[p, e]; R is the largest rank. Kept for backward: x by reference,
+S, and one bit an element for dropout.
+
+Traffic beyond the base layer, 16-bit x, P = 1, no dropout: forward reads x, reads and writes out (2MK + 4MN); backward
+reads dout twice and x, writes dx (4MN + 4MK). Each row block reads the factors of its own slot alone, at their own
+rank. Launches: 2 forward, whatever A is (tests/kernels/test_routed_budget.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpeft_kernels import reference_routed as reference
+from fastpeft_kernels.dispatch import no_autocast, use_triton
+from fastpeft_kernels.routes import (
+    UNSAFE_TAGS,
+    check_factors,
+    check_mask,
+    check_routing,
+    check_scales,
+    joined,
+    parted,
+    routed_input,
+)
+
+
+def shrink_routed(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """S = weight · scale · drop(x) A_jᵀ for every entry. Routing as in the module's docstring.
+
+    Args:
+        x: (M, K), any strides; cast to the factors' dtype unless it is a 16-bit tensor and they are fp32. Under
+            autocast it is cast to autocast's dtype first; factors are never cast: a copy has another address.
+        factors: one (r_j, K) a slot, of one float dtype, any strides; a slot without an adapter has r_j = 0.
+        scales: one factor a slot.
+        rows, starts, weights: the routing.
+        mask: (M, ⌈K / 32⌉) int32, dropout's mask as `draw_mask` gives it, or None; its scale belongs into `scales`.
+
+    Returns:
+        (P, M, R) in the factors' dtype, R the largest r_j. Columns past a slot's rank and lines without an entry are
+        zeros. Differentiable in x and every factor, once; a slot without rows gets a gradient of zeros.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    x = routed_input(x, factors)
+    check_factors(factors, "factors", 1, x.shape[1])
+    check_routing(x, len(factors), rows, starts, weights)
+    check_scales(scales, factors)
+    check_mask(mask, x)
+    S: Tensor
+    if torch.compiler.is_compiling():
+        S = _shrink_routed(x, factors, scales, rows, starts, weights, mask)
+    elif torch.is_grad_enabled():
+        S = _ShrinkRouted.apply(x, scales, rows, starts, weights, mask, *factors)  # type: ignore[no-untyped-call]
+    else:
+        S = _run_shrink(x, factors, scales, rows, starts, weights, mask)
+    return S
+
+
+def expand_routed(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor) -> Tensor:
+    """base + Σ S B_jᵀ over the entries of each row, added in fp32 or wider and rounded once.
+
+    Args:
+        base: (M, N), any strides and float dtype; not changed.
+        S: (P, M, R), what `shrink_routed` or `gather_routed` gave for the same routing.
+        factors: one (N, r_j) a slot, S's dtype, any strides; R is the largest r_j.
+        rows, starts: the routing.
+
+    Returns:
+        (M, N) in base's dtype, contiguous; rows without an entry have the very bits of base. Differentiable in base, S
+        and every factor, once.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    if base.ndim != 2:
+        raise ValueError(f"base must be (M, N): flatten the batch first; got {tuple(base.shape)}")
+    check_factors(factors, "factors", 0, base.shape[1])
+    check_routing(base, len(factors), rows, starts, None)
+    shape = (*rows.shape, max(B.shape[1] for B in factors))
+    if S.shape != shape or S.dtype != factors[0].dtype:
+        raise ValueError(
+            f"S must be (P, M, R) = {shape} of the factors' dtype {factors[0].dtype}; got {tuple(S.shape)} of {S.dtype}"
+        )
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = _expand_routed(base, S, factors, rows, starts)
+    elif torch.is_grad_enabled():
+        out = _ExpandRouted.apply(base, S, rows, starts, *factors)  # type: ignore[no-untyped-call]
+    else:
+        out = _run_expand(base, S, factors, rows, starts)
+    return out
+
+
+def lora_routed(
+    base: Tensor,
+    x: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The LoRA part of any layer, added onto its base's output: `expand_routed` of `shrink_routed`, in one op where no
+    gradient is recorded.
+
+    Args and errors are theirs: base (M, N), x (M, K), As (r_j, K) and Bs (N, r_j) of one dtype.
+
+    Returns:
+        (M, N) in base's dtype, contiguous. Differentiable in base, x and every factor, once.
+    """
+    if torch.is_grad_enabled():
+        S = shrink_routed(x, As, scales, rows, starts, weights, mask)
+        return expand_routed(base, S, Bs, rows, starts)
+    x = routed_input(x, As)
+    check_factors(As, "As", 1, x.shape[1])
+    if base.ndim != 2 or base.shape[0] != x.shape[0]:
+        raise ValueError(f"base must be (M, N) of x's {x.shape[0]} rows; got {tuple(base.shape)}")
+    check_factors(Bs, "Bs", 0, base.shape[1])
+    check_routing(x, len(As), rows, starts, weights)
+    check_scales(scales, As)
+    check_mask(mask, x)
+    ranks = [A.shape[0] for A in As], [B.shape[1] for B in Bs]
+    if ranks[0] != ranks[1] or As[0].dtype != Bs[0].dtype:
+        raise ValueError(
+            f"As and Bs must fit each other slot by slot; got ranks {ranks[0]} of {As[0].dtype} and {ranks[1]} of "
+            f"{Bs[0].dtype}"
+        )
+    run = _lora_routed if torch.compiler.is_compiling() else _run_lora
+    out: Tensor = run(base, x, As, Bs, scales, rows, starts, weights, mask)
+    return out
+
+
+# shrink_routed: what runs, the op for the compiler, the function for eager.
+
+
+def _run_shrink(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    if use_triton(x, factors[0]):
+        from fastpeft_kernels.gpu import routed as gpu  # triton is imported when first needed
+
+        return gpu.shrink(x, factors, scales, rows, starts, weights, mask)
+    return reference.shrink(x, factors, scales, rows, starts, weights, mask)
+
+
+def _run_shrink_backward(
+    dS: Tensor,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    with no_autocast(x):
+        if use_triton(x, factors[0]):
+            from fastpeft_kernels.gpu import routed as gpu
+
+            return gpu.shrink_backward(dS, x, factors, scales, rows, starts, weights, mask, need_dx)
+        return reference.shrink_backward(dS, x, factors, scales, rows, starts, weights, mask, need_dx)
+
+
+@torch.library.custom_op("fastpeft::shrink_routed", mutates_args=(), tags=UNSAFE_TAGS)
+def _shrink_routed(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    return _run_shrink(x, factors, scales, rows, starts, weights, mask)
+
+
+@torch.library.custom_op("fastpeft::shrink_routed_backward", mutates_args=(), tags=UNSAFE_TAGS)
+def _shrink_routed_backward(
+    dS: Tensor,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    dx, grads = _run_shrink_backward(dS, x, factors, scales, rows, starts, weights, mask, need_dx)
+    return dx, joined(grads)
+
+
+@_shrink_routed.register_fake
+def _(x: Tensor, factors: Sequence[Tensor], scales: Sequence[float], rows: Tensor, *_: Any) -> Tensor:
+    return factors[0].new_empty((*rows.shape, max(factor.shape[0] for factor in factors)))
+
+
+@_shrink_routed_backward.register_fake
+def _(dS: Tensor, x: Tensor, factors: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    need_dx = rest[-1]
+    return x.new_empty(x.shape if need_dx else 0), factors[0].new_empty(sum(factor.numel() for factor in factors))
+
+
+def _setup_traced_shrink(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, factors, scales, rows, starts, weights, mask = inputs
+    ctx.save_for_backward(x, rows, starts, weights, mask, *factors)
+    ctx.scales = scales
+
+
+def _traced_shrink_backward(ctx: Any, dS: Tensor) -> tuple[Any, ...]:
+    x, rows, starts, weights, mask, *factors = ctx.saved_tensors
+    need_dx = ctx.needs_input_grad[0]
+    dx, flat = _shrink_routed_backward(dS, x, factors, ctx.scales, rows, starts, weights, mask, need_dx)
+    return dx if need_dx else None, parted(flat, factors), None, None, None, None, None
+
+
+_shrink_routed.register_autograd(_traced_shrink_backward, setup_context=_setup_traced_shrink)
+
+
+class _ShrinkRouted(torch.autograd.Function):
+    """The same op where nothing is compiled: an autograd.Function costs the host a fraction of a custom op."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scales: Sequence[float],
+        rows: Tensor,
+        starts: Tensor,
+        weights: Tensor | None,
+        mask: Tensor | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, rows, starts, weights, mask, *factors)
+        ctx.scales = scales
+        return _run_shrink(x, factors, scales, rows, starts, weights, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dS: Tensor) -> tuple[Any, ...]:
+        x, rows, starts, weights, mask, *factors = ctx.saved_tensors
+        need_dx = ctx.needs_input_grad[0]
+        dx, grads = _run_shrink_backward(dS, x, factors, ctx.scales, rows, starts, weights, mask, need_dx)
+        return dx if need_dx else None, None, None, None, None, None, *grads
+
+
+# expand_routed: the same three.
+
+
+def _run_expand(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor) -> Tensor:
+    if use_triton(base, S):
+        from fastpeft_kernels.gpu import routed as gpu
+
+        return gpu.expand(base, S, factors, rows, starts)
+    return reference.expand(base, S, factors, rows, starts)
+
+
+def _run_expand_backward(
+    dout: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    with no_autocast(dout):
+        if use_triton(dout, S):
+            from fastpeft_kernels.gpu import routed as gpu
+
+            return gpu.expand_backward(dout, S, factors, rows, starts)
+        return reference.expand_backward(dout, S, factors, rows, starts)
+
+
+@torch.library.custom_op("fastpeft::expand_routed", mutates_args=(), tags=UNSAFE_TAGS)
+def _expand_routed(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor) -> Tensor:
+    return _run_expand(base, S, factors, rows, starts)
+
+
+@torch.library.custom_op("fastpeft::expand_routed_backward", mutates_args=(), tags=UNSAFE_TAGS)
+def _expand_routed_backward(
+    dout: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    dS, grads = _run_expand_backward(dout, S, factors, rows, starts)
+    return dS, joined(grads)
+
+
+@_expand_routed.register_fake
+def _(base: Tensor, *_: Any) -> Tensor:
+    return base.new_empty(base.shape)
+
+
+@_expand_routed_backward.register_fake
+def _(dout: Tensor, S: Tensor, factors: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    return S.new_empty(S.shape), S.new_empty(sum(factor.numel() for factor in factors))
+
+
+def _setup_traced_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, S, factors, rows, starts = inputs
+    ctx.save_for_backward(S, rows, starts, *factors)
+
+
+def _traced_expand_backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    S, rows, starts, *factors = ctx.saved_tensors
+    dS, flat = _expand_routed_backward(dout, S, factors, rows, starts)
+    return dout, dS, parted(flat, factors), None, None
+
+
+_expand_routed.register_autograd(_traced_expand_backward, setup_context=_setup_traced_expand)
+
+
+class _ExpandRouted(torch.autograd.Function):
+    """`expand_routed` where nothing is compiled."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, S: Tensor, rows: Tensor, starts: Tensor, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(S, rows, starts, *factors)
+        return _run_expand(base, S, factors, rows, starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        S, rows, starts, *factors = ctx.saved_tensors
+        dS, grads = _run_expand_backward(dout, S, factors, rows, starts)
+        return dout, dS, None, None, *grads
+
+
+# lora_routed, for inference.
+
+
+def _run_lora(
+    base: Tensor,
+    x: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    if use_triton(base, As[0]):
+        from fastpeft_kernels.gpu import routed as gpu
+
+        return gpu.lora(base, x, As, Bs, scales, rows, starts, weights, mask)
+    return reference.lora_(
+        base.clone(memory_format=torch.contiguous_format), x, As, Bs, scales, rows, starts, weights, mask
+    )
+
+
+@torch.library.custom_op("fastpeft::lora_routed", mutates_args=(), tags=UNSAFE_TAGS)
+def _lora_routed(
+    base: Tensor,
+    x: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    return _run_lora(base, x, As, Bs, scales, rows, starts, weights, mask)
+
+
+@_lora_routed.register_fake
+def _(base: Tensor, *_: Any) -> Tensor:
+    return base.new_empty(base.shape)

@@ -1,0 +1,263 @@
+"""Who takes which adapter: names to numbers, and how a routing reaches the layers."""
+
+import threading
+import warnings
+
+import models
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastpeft
+from fastpeft.routing import Routing, as_routing, check_names, routed, routing_for
+
+CPU = torch.device("cpu")
+
+
+def tables(routing, shape, names):
+    rows, starts, weights = routing.tables(shape, names, CPU)
+    return rows.tolist(), starts.tolist(), None if weights is None else weights.tolist()
+
+
+# Tables.
+
+
+def test_rows_are_sorted_by_slot():
+    routing = Routing.by_row(["b", "__base__", "a", "b", None])
+    assert routing.names == ("b", "a")
+    assert tables(routing, (5,), ("b", "a")) == ([[0, 3, 2, 1, 4]], [[0, 2, 3]], None)
+    assert tables(routing, (5,), ("a", "b")) == ([[2, 0, 3, 1, 4]], [[0, 1, 3]], None)
+    assert tables(routing, (5,), ("a",)) == ([[2, 0, 1, 3, 4]], [[0, 1]], None)  # "b" is not on this layer
+    assert tables(routing, (5,), ()) == ([[0, 1, 2, 3, 4]], [[0]], None)
+
+
+def test_every_token_of_a_row_is_a_row():
+    routing = Routing.by_row(["b", "a"])
+    assert tables(routing, (2, 3), ("a", "b")) == ([[3, 4, 5, 0, 1, 2]], [[0, 3, 6]], None)
+    assert tables(routing, (2, 0), ("a", "b")) == ([[]], [[0, 0, 0]], None)
+
+
+def test_several_adapters_a_row_take_a_pass_each():
+    routing = Routing.by_row([{"a": 0.5, "b": -2.0}, "b", {"a": 0.0}, {"b": 3, "__base__": 1.0}])
+    rows, starts, weights = tables(routing, (4,), ("a", "b"))
+    assert rows == [[0, 1, 3, 2], [0, 1, 2, 3]]
+    assert starts == [[0, 1, 3], [0, 0, 1]]
+    assert [weights[0][:3], weights[1][:1]] == [[0.5, 1.0, 3.0], [-2.0]]
+
+
+def test_packed_sequences():
+    routing = Routing.by_token(["a", "__base__", "b", "a"], [2, 1, 0, 3], kept=[1, 2, 5])
+    assert tables(routing, (1, 6), ("a", "b")) == ([[0, 1, 3, 4, 5, 2]], [[0, 5, 5]], None)
+    assert tables(routing, (6,), ("a", "b")) == tables(routing, (1, 6), ("a", "b"))
+    assert tables(routing, (1, 3), ("a", "b")) == ([[0, 2, 1]], [[0, 2, 2]], None)
+    with pytest.raises(ValueError, match="batches of 6 tokens or the 3 kept ones, and a layer was called on 5"):
+        routing.tables((1, 5), ("a",), CPU)
+
+
+def test_rows_that_a_generation_repeats():
+    routing = Routing.by_row(["a", "b"])
+    with pytest.raises(ValueError, match="expected 6 names, got 2"):
+        routing.tables((6,), ("a", "b"), CPU)
+    assert tables(routing.expanded(3), (6,), ("a", "b")) == ([[0, 1, 2, 3, 4, 5]], [[0, 3, 6]], None)
+    assert tables(routing.expanded(3), (2,), ("a", "b")) == ([[0, 1]], [[0, 1, 2]], None)  # an encoder sees them once
+    with pytest.raises(ValueError, match="expected 4 names, got 2"):
+        routing.expanded(3).tables((4,), ("a",), CPU)
+
+
+def test_tables_are_made_once_and_forgotten_in_the_end(monkeypatch):
+    routing = Routing.by_row(["a"])
+    assert routing.tables((1, 7), ("a",), CPU) is routing.tables((1, 7), ("a",), CPU)
+    monkeypatch.setattr("fastpeft.routing.MOST_TABLES", 3)
+    for length in range(10):
+        routing.tables((1, length), ("a",), CPU)
+    assert len(routing._tables) <= 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ("default", TypeError),
+        ([1], TypeError),
+        ([{"a": float("nan")}], ValueError),
+        ([{"a": "b"}], ValueError),
+        ([{"a": True}], ValueError),
+        ([{1: 1.0}], ValueError),
+        (7, TypeError),
+    ],
+    ids=repr,
+)
+def test_what_is_no_routing(rows, error):
+    with pytest.raises(error, match=r"needs one name per row|a row of adapter_names|adapters of a row"):
+        as_routing(rows)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, -1]], ids=repr)
+def test_lengths_that_do_not_fit(lengths):
+    with pytest.raises(ValueError, match="one length of 0 or more for each of the 2 sequences"):
+        Routing.by_token(["a", "b"], lengths)
+
+
+def test_names_are_checked_and_long_ones_are_cut():
+    with pytest.raises(ValueError, match="no adapter") as error:
+        check_names(Routing.by_row(["x" * 10_000]), {"a"})
+    assert len(str(error.value)) < 500
+    check_names(Routing.by_row(["a", "__base__"]), {"a"})
+
+
+# In force.
+
+
+def test_a_routing_is_in_force_in_its_block_and_thread():
+    layer, routing = nn.Linear(2, 2), Routing.by_row(["a"])
+    seen = []
+    with routed(routing):
+        thread = threading.Thread(target=lambda: seen.append(routing_for(layer)))
+        thread.start()
+        thread.join()
+        assert routing_for(layer) is routing
+        with routed(None):
+            assert routing_for(layer) is None
+        assert routing_for(layer) is routing
+    assert seen == [None]
+    with pytest.raises(RuntimeError, match="boom"), routed(routing):
+        raise RuntimeError("boom")
+    assert routing_for(layer) is None
+
+
+def adapted(family="llama", **options):
+    options = {"r": 4, "target_modules": models.TARGETS[family], "init_lora_weights": False} | options
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = fastpeft.get_peft_model(models.build(family), fastpeft.LoraConfig(**options), adapter_name="a")
+        model.add_adapter("b", fastpeft.LoraConfig(**(options | {"r": 3})))
+    return model
+
+
+def test_models_with_injected_adapters_follow_a_block():
+    base, inputs = models.tiny_llama(), models.batch("llama")
+    config = fastpeft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = fastpeft.inject_adapter_in_model(config, base, "a").eval()
+    alone = model(**inputs).logits
+    with routed(Routing.by_row(["a", "__base__", "a"])):
+        mixed = model(**inputs).logits
+    torch.testing.assert_close(mixed[[0, 2]], alone[[0, 2]])
+    assert torch.equal(mixed[1], models.tiny_llama().eval()(**inputs).logits[1])
+
+
+def test_names_without_an_active_adapter_are_not_ignored():
+    model, inputs = adapted().eval(), models.batch("llama")
+    names = ["b", "__base__", "a"]
+    expected = model(**inputs, adapter_names=names).logits
+    model.base_model.set_adapter([])
+    assert torch.equal(model(**inputs, adapter_names=names).logits, expected)
+
+
+# Gradients, also through the recomputation of checkpoints.
+
+
+def gradients(model, inputs, names):
+    model.zero_grad()
+    losses = model(**inputs, adapter_names=names).logits.square().mean((1, 2))
+    losses.sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def trained(**options):
+    model, inputs = adapted(**options), models.batch("llama", rows=5)
+    model.set_requires_grad(["a", "b"])
+    return model.train(), inputs, ["b", "a", "__base__", "b", {"a": 0.5, "b": 2.0}]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=repr)
+def test_a_row_gives_its_gradients_to_its_own_adapter(options):
+    model, inputs, _ = trained(**options)
+    names = ["b", "a", "__base__", "b", "__base__"]
+    together = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
+    seen = set()
+    for name in ("a", "b"):
+        rows = [i for i, other in enumerate(names) if other == name]
+        model.set_adapter(name)
+        model.zero_grad()
+        model(**{key: value[rows] for key, value in inputs.items()}).logits.square().mean((1, 2)).sum().backward()
+        for key, p in model.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(together[key], p.grad, msg=key)
+                seen.add(key)
+    assert seen == together.keys()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpoints_recompute_with_the_same_routing(reentrant, dropout):
+    model, inputs, names = trained(lora_dropout=dropout)
+    model.enable_input_require_grads()
+    torch.manual_seed(7)
+    expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.manual_seed(7)
+    found = gradients(model, inputs, names)
+    assert found.keys() == expected.keys()
+    for key, grad in found.items():
+        assert torch.equal(grad, expected[key]), key
+    functions = [m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()]
+    assert not any("_checkpoint_routed" in repr(function) for function in functions)  # nothing stays behind
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_that_nobody_told_are_refused(reentrant):
+    model, inputs, names = trained()
+    layer = model.get_base_model().model.layers[0]
+    plain = layer.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(plain, *args, use_reentrant=reentrant, **kwargs)
+    if reentrant:  # it passes no keywords on
+        layer.forward = lambda x, **kwargs: checkpoint(lambda t: plain(t, **kwargs), x, use_reentrant=True)
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="cannot reach the recomputation of an activation checkpoint"):
+        gradients(model, inputs, names)
+
+
+def test_several_forwards_before_one_backward():
+    model, inputs, names = trained()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
+    other = {key: grad.clone() for key, grad in gradients(model, inputs, names[::-1]).items()}
+    model.zero_grad()
+    losses = [model(**inputs, adapter_names=order).logits.square().mean((1, 2)).sum() for order in (names, names[::-1])]
+    sum(losses).backward()
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[key] + other[key], msg=key)
+
+
+# Generation.
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=repr)
+def test_generation_repeats_rows(family, options):
+    task = {"llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[family]
+    model, inputs = adapted(family, task_type=task).eval(), models.batch(family)
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    names = ["b", "__base__", "a"]
+    torch.manual_seed(3)
+    mixed = model.generate(**inputs, adapter_names=names, max_new_tokens=5, **options)
+    repeat = len(mixed) // 3
+    if "do_sample" not in options:
+        for row, name in enumerate(names):
+            one = {key: value[row : row + 1] for key, value in inputs.items()}
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model.generate(**one, max_new_tokens=5, **options)
+            else:
+                model.set_adapter(name)
+                alone = model.generate(**one, max_new_tokens=5, **options)
+            width = alone.shape[1]
+            assert torch.equal(mixed[row * repeat : (row + 1) * repeat, :width], alone)
+            assert not mixed[row * repeat : (row + 1) * repeat, width:].any()
+    else:
+        assert repeat == 2
+    model.generation_config.num_beams = 2  # from the config as well
+    assert len(model.generate(**inputs, adapter_names=names, max_new_tokens=2)) == 3
