@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
+from fastpeft.routing import BASE, Routing, check_names
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
-from fastpeft.utils.auxiliary import BASE
 
 if TYPE_CHECKING:
     from fastpeft.peft_model import PeftModel
@@ -165,9 +165,7 @@ def _check_names(model: PeftModel, adapter_names: Sequence[Any], prompts: int) -
             f"adapter_names needs one entry a prompt: expected {prompts}, got {adapter_names!r:.200}. A prompt that "
             f"should take no adapter has {BASE!r} or None"
         )
-    names = {n for a in adapter_names if a is not None for n in (a if isinstance(a, Mapping) else [a])}
-    if unknown := sorted(map(str, names - set(model.peft_config) - {BASE})):
-        raise ValueError(f"adapter_names: no adapter {', '.join(unknown)}; there are {', '.join(model.peft_config)}")
+    check_names(Routing.by_row(adapter_names), model.peft_config)
     merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
     if merged:
         raise ValueError(f"adapter_names cannot be used while {sorted(merged)} are merged; call unmerge_adapter first")

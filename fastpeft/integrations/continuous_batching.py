@@ -103,22 +103,32 @@ def _problem_with(module: str, owner: str, name: str, parameters: tuple[str, ...
 
 
 def config_for_adapters(config: ContinuousBatchingConfig | None = None) -> ContinuousBatchingConfig:
-    """A copy of a config for continuous batching with what per-request adapters rule out switched off.
-
-    A captured graph replays the routing of the batch that it was captured with, so graphs are off unless asked for.
+    """A copy of a config for continuous batching, without CUDA graphs, which transformers else uses where it can.
 
     Raises:
-        ValueError: CUDA graphs are asked for.
+        ValueError: CUDA graphs or torch.compile are asked for: they would keep the adapters of the batch that they saw.
     """
     config = ContinuousBatchingConfig() if config is None else copy.deepcopy(config)
-    wanted = config.use_cuda_graph
-    if wanted is True or (isinstance(wanted, tuple) and any(wanted)):
-        raise ValueError(
-            f"use_cuda_graph={wanted} cannot be used with an adapter per request: a captured graph would give every "
-            "batch the adapters of the batch it was captured with. Leave it None or set it False"
-        )
+    _check_not_frozen(config)
     config.use_cuda_graph = False
     return config
+
+
+def _check_not_frozen(config: ContinuousBatchingConfig) -> None:
+    graphs = config.use_cuda_graph
+    wanted = {
+        "use_cuda_graph": graphs if graphs is True or (isinstance(graphs, tuple) and any(graphs)) else None,
+        "varlen_compile_config": config.varlen_compile_config,
+        "decode_compile_config": config.decode_compile_config,
+        "default_compile_level": config.default_compile_level or None,
+    }
+    for option, value in wanted.items():
+        if value is not None:
+            raise ValueError(
+                f"{option}={value} cannot be used with an adapter per request: captured or compiled once, the forward "
+                "would give every batch the adapters of its first one. Make the manager with "
+                "fastpeft.integrations.continuous_batching.config_for_adapters(config), and leave the option out"
+            )
 
 
 @dataclass(frozen=True)
@@ -129,14 +139,18 @@ class _Batch:
     lengths: list[int]
     last_tokens: list[int]  # of the requests that get a new token
 
-    def routing(self, batch_data: Mapping[str, Any]) -> Routing:
+    def routing(self, batch_data: dict[str, Any]) -> Routing:
         """For the tensors that the model is called with: tokens that only pad the batch take no adapter."""
-        padding = batch_data["input_ids"].shape[-1] - sum(self.lengths)
+        tokens = batch_data["input_ids"].shape[-1]
+        sequences = len(batch_data["logits_indices"])
+        if sequences == tokens and self.last_tokens != list(range(len(self.last_tokens))):
+            # As many tokens reach the head as there are, in another order (a prompt's part of one token gives no new
+            # one): a routing could not tell the two. Without this, the head sees all in their order.
+            batch_data.pop("logits_to_keep", None)
         kept = None
-        if "logits_to_keep" in batch_data:  # else the head sees every token
-            unused = len(batch_data["logits_indices"]) - len(self.last_tokens)
-            kept = self.last_tokens + [0] * unused  # what the engine fills up with, and computes for nobody
-        return Routing.by_token([*self.adapters, None], [*self.lengths, padding], kept=kept)
+        if "logits_to_keep" in batch_data:
+            kept = self.last_tokens + [0] * (sequences - len(self.last_tokens))  # the engine fills up with token 0
+        return Routing.by_token([*self.adapters, None], [*self.lengths, tokens - sum(self.lengths)], kept=kept)
 
 
 class RequestRouter:
@@ -152,7 +166,7 @@ class RequestRouter:
 
     Raises:
         ImportError: this version of transformers is not known.
-        ValueError: the manager uses CUDA graphs.
+        ValueError: the manager uses CUDA graphs or torch.compile, or has run already.
 
     Attributes:
         max_request_tokens: how many tokens, prompt and answer, one request may have; None before the manager has its
@@ -170,11 +184,7 @@ class RequestRouter:
         if vars(manager).get("_fastpeft_router") is self:
             return
         check_transformers()
-        if any(manager.continuous_batching_config.cuda_graph_booleans):
-            raise ValueError(
-                "this manager uses CUDA graphs, which replay the adapters of the batch they were captured with; make "
-                "it with fastpeft.integrations.continuous_batching.config_for_adapters(config)"
-            )
+        _check_not_frozen(manager.continuous_batching_config)
         if manager.batch_processor is not None:
             raise ValueError("this manager has run already; make the RequestRouter before its warmup or start")
         self.max_request_tokens = None
@@ -250,7 +260,7 @@ class RequestRouter:
         def _get_forward_fn(use_block_table: bool) -> tuple[Callable[..., None], bool]:
             forward, use_cuda_graph = choose(use_block_table=use_block_table)
 
-            def routed_forward(model: Any, batch_data: Mapping[str, Any], *args: Any) -> None:
+            def routed_forward(model: Any, batch_data: dict[str, Any], *args: Any) -> None:
                 assert self._batch is not None, "a forward without prepare_batch_tensors"
                 with routed(self._batch.routing(batch_data)):  # on the stream of the forward
                     forward(model, batch_data, *args)

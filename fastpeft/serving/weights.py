@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -32,11 +33,11 @@ class AdapterWeights:
     tensors: Mapping[str, Tensor]
     file: FileIdentity | None = None
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def layout(self) -> tuple[object, ...]:
         """Two adapters of one layout differ in the values of their weights alone."""
         return self.config.signature(), tuple(sorted((key, tensor.shape) for key, tensor in self.tensors.items()))
