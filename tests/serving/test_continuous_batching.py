@@ -159,15 +159,14 @@ def test_padding_takes_no_adapter(model):
 
 
 def test_rows_of_a_padded_batch():
-    """Three requests in 8 tokens of 12: two that get a token, and a prompt that was cut."""
-    batch = continuous_batching._Batch(["one", "two", None], [1, 5, 2], [0, 7])
+    """Three requests in 8 tokens of 12; the first and the last get a token, the other is a part of its prompt."""
+    batch = continuous_batching._Batch(["one", None, "two"], [1, 2, 5], [0, 7])
     data = {"input_ids": torch.zeros(1, 12, dtype=torch.long), "logits_indices": torch.zeros(4), "logits_to_keep": 0}
     routing = batch.routing(data)
     tables = routing.tables((1, 12), ("one", "two"), torch.device("cpu"))
-    assert tables.starts.tolist() == [[0, 1, 6]]
-    assert tables.rows[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
-    head = routing.tables((1, 4), ("one", "two"), torch.device("cpu"))  # tokens 0 and 7, and twice token 0 for nobody
-    assert (head.starts.tolist(), head.rows[0, :3].tolist()) == ([[0, 3, 3]], [0, 2, 3])
+    assert (tables.starts.tolist(), tables.rows[0, :6].tolist()) == ([[0, 1, 6]], [0, 3, 4, 5, 6, 7])
+    head = routing.tables((1, 4), ("one", "two"), torch.device("cpu"))  # tokens 0 and 7, and token 0 twice for nobody
+    assert (head.starts.tolist(), head.rows[0].tolist()) == ([[0, 3, 4]], [0, 2, 3, 1])
 
 
 def test_a_prompts_part_of_one_token_does_not_swap_the_heads():
