@@ -127,7 +127,8 @@ def _interpreter_hooks(traffic: Traffic, cached: Container[str]) -> Iterator[Non
         return converted
 
     def count(pointers: Any, mask: np.ndarray, sides: tuple[str, ...]) -> Any:
-        addresses = np.unique(pointers.data[np.broadcast_to(mask, pointers.data.shape)])
+        inside = np.broadcast_to(mask.astype(bool), pointers.data.shape)  # some masks come as integers
+        addresses = np.unique(pointers.data[inside])
         size = pointers.get_element_ty().primitive_bitwidth // 8
         for number in np.unique(addresses >> TAG_SHIFT):
             name = names[int(number) - 1] if number else "address from memory"

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-Kernel = Literal["shrink", "expand", "outer", "output_pass", "input_pass"]
+Kernel = Literal["shrink", "drawing_shrink", "expand", "outer", "output_pass", "input_pass"]
 GroupKernel = Literal["shrink", "input_pass"]
 Units = Literal["bf16", "tf32"]
 
@@ -40,6 +40,11 @@ TILES: dict[Kernel, dict[int, Tile]] = {
         16: Tile(64, 32, 16, 4, 3),
         32: Tile(64, 64, 32, 8, 2),
         64: Tile(64, 32, 64, 8, 2),
+    },
+    "drawing_shrink": {  # as many words of the mask as threads, or nearly: more threads would draw the same words
+        16: Tile(64, 64, 16, 4, 2),
+        32: Tile(128, 32, 32, 8, 2),
+        64: Tile(128, 32, 64, 8, 2),
     },
     "expand": {
         16: Tile(64, 128, 16, 8, 1),

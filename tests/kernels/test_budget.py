@@ -1,7 +1,8 @@
 """What a LoRA linear may move and launch beyond its base products, counted in Triton's interpreter.
 
-The budget of one forward and backward: 8MK + 6MN bytes, and 3MK/8 with dropout; planes of split reductions by
-themselves; A, B, S and their gradients once for each launch that reads or writes them.
+The budget of one forward and backward: 8MK + 6MN bytes, and with dropout MK/8 each for the mask's drawing and its one
+reading; planes of split reductions by themselves; A, B, S and their gradients once for each launch that reads or writes
+them.
 """
 
 import pytest
@@ -17,7 +18,7 @@ M, K, N = 600, 96, 160  # two bands of rows, the last not full; K too small to b
 
 
 def budget(M: int, K: int, N: int, dropout: float) -> int:
-    return 8 * M * K + 6 * M * N + (3 * M * K // 8 if dropout else 0)
+    return 8 * M * K + 6 * M * N + (2 * M * K // 8 if dropout else 0)
 
 
 def names(traffic):
@@ -37,10 +38,10 @@ def test_bytes_of_a_layer(r, dropout, adapters):
     assert moved.factors <= 20 * M * r + 12 * r * (K + N) + 64  # five of M x r in fp32, A three times, B three times
 
 
-@pytest.mark.parametrize(("dropout", "most"), [(0.0, 2), (0.1, 4)])
+@pytest.mark.parametrize(("dropout", "most"), [(0.0, 2), (0.1, 3)])
 @pytest.mark.parametrize("r", [16, 64])
 def test_launches(r, dropout, most):
-    """With dropout the forward also draws a seed and the mask: two launches that shrink could take over."""
+    """With dropout the forward also draws a seed."""
     forward, backward = count(M, K, 128, r, dropout)  # N too small to be split, as with many rows
     assert len(names(forward)) <= most, names(forward)
     assert len(names(backward)) <= 4, names(backward)
@@ -49,8 +50,8 @@ def test_launches(r, dropout, most):
 @pytest.mark.parametrize("rows", [1, 65])
 def test_launches_of_few_rows(rows):
     """Few rows split K: whoever reads S sums its planes, and no launch is added."""
-    forward, backward = count(rows, 384, N, 16)
-    assert len(names(forward)) <= 2, names(forward)
+    forward, backward = count(rows, 384, N, 16, 0.1)
+    assert len(names(forward)) <= 3, names(forward)
     assert len(names(backward)) <= 4, names(backward)
 
 
@@ -58,6 +59,7 @@ def test_each_wide_tensor_is_read_as_often_as_it_must():
     forward, backward = count(M, K, N, 16, 0.1)
     x, out, mask = 2 * M * K, 2 * M * N, M * K // 8
     assert forward.arguments()["_shrink_kernel.x_ptr"] == x
+    assert forward.arguments()["_shrink_kernel.mask_ptr"] == mask
     assert forward.arguments()["_expand_kernel.out_ptr"] == out
     assert forward.c_reads == out
     assert backward.arguments()["_output_pass_kernel.dout_ptr"] == out
