@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from fastpeft.benchmark.traffic import Traffic, counting
-from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear
-from fastpeft_kernels.tiles import fused_tile, row_bands, tile
+from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear, product
+from fastpeft_kernels.tiles import ProductBy, fused_tile, row_bands, tile
 
 H200_BYTES_PER_SECOND = 4.3e12  # measured, copy
 
@@ -58,13 +58,23 @@ class Bytes:
 
 
 def count(
-    M: int, K: int, N: int, r: int, dropout: float = 0.0, adapters: torch.dtype = torch.float32
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    dropout: float = 0.0,
+    adapters: torch.dtype = torch.float32,
+    product_by: ProductBy = "library",
 ) -> tuple[Traffic, Traffic]:
-    """Forward and backward of one layer, bf16 base, every gradient, counted in the interpreter."""
+    """Forward and backward of one layer, bf16 base, every gradient, counted in the interpreter.
+
+    Args:
+        product_by: who computes the base products: the vendor's library, or our own kernel.
+    """
     x = torch.randn(M, K).bfloat16().requires_grad_()
     W, dout = torch.randn(N, K).bfloat16(), torch.randn(M, N).bfloat16()
     A, B = (torch.randn(*shape).to(adapters).requires_grad_() for shape in ((r, K), (N, r)))
-    with backend("triton"):
+    with backend("triton"), product(product_by):
         with counting(W, cached=FACTORS) as forward:
             out = lora_linear(x, W, None, A, B, 1.0, dropout)
         with counting(W, cached=FACTORS) as backward:
