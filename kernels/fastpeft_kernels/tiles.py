@@ -60,8 +60,8 @@ TILES: dict[Kernel, dict[int, Tile]] = {
 
 # Kernels that do the work of two in one pass, where rows are contiguous and the whole rank is one block. What has no
 # entry runs as two kernels. The output pass pays where its planes of dS, 8Mr bytes for every BLOCK_C columns, cost less
-# than the second read of dout that it saves, 2MN in 16 bits: BLOCK_C > 4r. No tile of r = 32 is that wide and spills
-# nothing.
+# than the second read of dout that it saves, 2MN in 16 bits: BLOCK_C > 4r. For ranks over 16 none is
+# listed: gpu/_lora_backward.py says why.
 FUSED_TILES: dict[Kernel, dict[Units, dict[int, Tile]]] = {
     "output_pass": {
         "bf16": {16: Tile(64, 128, 16, 4, 2)},

@@ -60,8 +60,9 @@ def test_bytes_of_a_layer_with_our_own_product(dropout):
 @pytest.mark.parametrize(("dropout", "most"), [(0.0, 2), (0.1, 3)])
 @pytest.mark.parametrize("r", [16, 64])
 def test_launches(r, dropout, most):
-    """With dropout the forward also draws a seed."""
+    """With dropout the forward also draws a seed. Ranks over 16 read dout twice."""
     forward, backward = count(M, K, 128, r, dropout)  # N too small to be split, as with many rows
+    assert by_kind(forward, backward).wide == budget(M, K, 128, dropout) + (2 * M * 128 if r > 16 else 0)
     assert len(names(forward)) <= most, names(forward)
     assert len(names(backward)) <= 4, names(backward)
 

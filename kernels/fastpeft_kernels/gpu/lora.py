@@ -8,7 +8,7 @@ Launches beside the base product: shrink and expand forward, and with dropout on
 dS's planes, input pass, sum of the planes of dA and dB backward. Bytes, forward + backward, 16-bit x: 8MK + 6MN, and
 planes (tests/kernels/test_budget.py); with dropout MK/8 more where shrink draws the mask and writes it, and MK/8 where
 the input pass reads it. Compiled code draws by an op of its own: a launch and MK/8 more. Ranks over 16 read dout twice
-(8MN), at no more bytes than the planes would take.
+(8MN in all): _lora_backward.py says why.
 """
 
 from collections.abc import Iterator
