@@ -38,7 +38,7 @@ def budget(dropout):
 def test_bytes(dropout):
     moved = by_kind(*counted(dropout), narrow=NARROW)
     assert moved.wide == budget(dropout)
-    # S twice and dS thrice as in LoRA, A four times; B and T twelve, by torch's operators; vectors of N, of 4 bytes each.
+    # S thrice and dS twice as in LoRA, A four times, B and T twelve times, forty vectors of N.
     assert moved.factors <= 20 * M * r + 16 * r * K + 48 * r * N + 40 * 4 * N
 
 
