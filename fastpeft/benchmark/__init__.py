@@ -17,6 +17,7 @@ from fastpeft.benchmark import (
     groups,
     host,
     ia3,
+    joint,
     layer,
     model,
     own_gemm,
@@ -32,7 +33,7 @@ from fastpeft.benchmark.memory import SavedBytes, saved_bytes
 from fastpeft.benchmark.report import Report
 from fastpeft.benchmark.timing import Spread, Timing, interleave, torch_threads, wall_clock
 
-# Name -> cases(quick, device). The first thirteen run anywhere, the others are tables of a large GPU.
+# Name -> cases(quick, device). The first fifteen run anywhere, the others are tables of a large GPU.
 SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "layer": layer.layer_cases,
     "groups": groups.group_cases,
@@ -47,6 +48,8 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "scaling": scaling.scaling_cases,
     "compiled-model": compiled.compiled_model_cases,
     "routed": routed.routed_cases,
+    "routed-generate": routed.routed_generate_cases,
+    "joint": joint.joint_cases,
     "fused-linear": gpu.fused_linear_cases,
     "fused-linear-full": gpu.fused_linear_table,
     "llama-layer": gpu.llama_layer_cases,
@@ -58,7 +61,7 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
 }
 DEFAULT_SUITES = (
     "layer", "groups", "ia3", "dora", "host", "saved", "model", "saved-model", "peak", "first-step", "scaling",
-    "compiled-model", "routed",
+    "compiled-model", "routed", "routed-generate", "joint",
 )  # fmt: skip
 # The tables with targets first; the ones that take long, or that touch other libraries, last.
 GPU_SUITES = (

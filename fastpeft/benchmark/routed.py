@@ -1,15 +1,17 @@
-"""Suite "routed": a batch in which each row takes its own adapter, `adapter_names=[...]`, without gradients."""
+"""Suites "routed" and "routed-generate": each row of a batch takes its own adapter, `adapter_names=[...]`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastpeft.benchmark.cases import DTYPES, Case, Libraries
-from fastpeft.benchmark.libraries import FROZEN, frozen_linear, randomise_adapters
+from fastpeft.benchmark.cases import DTYPES, Case, Effort, Libraries
+from fastpeft.benchmark.libraries import FROZEN, REFERENCE, frozen_linear, randomise_adapters
+from fastpeft.benchmark.model import LlamaSize
 from fastpeft.benchmark.timing import Step
 
 ROWS = 64  # of every batch; a row is one sequence
@@ -40,8 +42,7 @@ class RoutedCase(Case):
 
     @property
     def names(self) -> list[str]:
-        """The adapter of each row. Neighbours differ: nobody sorts the requests of a server."""
-        return [f"adapter_{row % self.adapters}" for row in range(ROWS)]
+        return names_of_rows(self.adapters)
 
     def base(self) -> nn.Module:
         dtype = DTYPES[self.dtype]
@@ -87,6 +88,71 @@ class RoutedCase(Case):
         return x
 
 
+@dataclass(frozen=True)
+class RoutedGenerateCase(Case):
+    """`generate` of the small Llama, greedy, with its cache: 64 prompts of `prompt` tokens, `new` tokens each.
+
+    Base in `dtype`, fp32 adapters on every linear, spread evenly over the rows. The frozen base generates without them.
+    """
+
+    suite: ClassVar[str] = "routed-generate"
+    effort: ClassVar[Effort | None] = Effort(budget_s=15.0, warmup=1, min_rounds=5, max_rounds=20)
+
+    adapters: int
+    dtype: str
+    prompt: int = 16
+    new: int = 16
+    r: int = 16
+    size: LlamaSize = field(default_factory=LlamaSize)
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype}-A{self.adapters}"
+
+    def base(self) -> nn.Module:
+        return self.size.build(DTYPES[self.dtype], self.device).eval()
+
+    def model(self, library: ModuleType) -> Any:
+        return many_adapters(library, self.base(), self.adapters, r=self.r)
+
+    def generate(self, model: Any, **names: Any) -> Tensor:
+        """(64, prompt + new) token ids; no row ends before the others."""
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, self.size.vocabulary, (ROWS, self.prompt), generator=generator).to(self.device)
+        tokens: Tensor = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, pad_token_id=0,
+            max_new_tokens=self.new, min_new_tokens=self.new, **names,
+        )  # fmt: skip
+        return tokens
+
+    def steps(self, found: Libraries) -> dict[str, Step]:
+        names = names_of_rows(self.adapters)
+        models = {name: self.model(library) for name, library in found.items()}
+        frozen = partial(self.generate, self.base())
+        return {
+            FROZEN: frozen,
+            **{name: partial(self.generate, model, adapter_names=names) for name, model in models.items()},
+        }
+
+    def facts(self, found: Libraries) -> dict[str, dict[str, Any]]:
+        """Share of the new tokens that are reference PEFT's. Greedy choices between equals part ways by rounding."""
+        names = names_of_rows(self.adapters)
+        tokens = {
+            name: self.generate(self.model(library), adapter_names=names)[:, self.prompt :]
+            for name, library in found.items()
+        }
+        if REFERENCE not in tokens:
+            return {}
+        return {
+            name: {"tokens_as_peft": float((its == tokens[REFERENCE]).double().mean())} for name, its in tokens.items()
+        }
+
+
+def names_of_rows(adapters: int) -> list[str]:
+    """The adapter of each row. Neighbours differ: nobody sorts the requests of a server."""
+    return [f"adapter_{row % adapters}" for row in range(ROWS)]
+
+
 def many_adapters(
     library: ModuleType, base: nn.Module, adapters: int, *, r: int, targets: list[str] | str = "all-linear"
 ) -> Any:
@@ -104,3 +170,8 @@ def routed_cases(quick: bool, device: str) -> Iterator[RoutedCase]:
         for tokens in (1, 32):
             for adapters in (4, 16) if quick else (1, 4, 16, 64):
                 yield RoutedCase(adapters, dtype, tokens, device=device)
+
+
+def routed_generate_cases(quick: bool, device: str) -> Iterator[RoutedGenerateCase]:
+    for dtype in ("bf16",) if quick else ("fp32", "bf16"):
+        yield RoutedGenerateCase(32, dtype, new=4 if quick else 16, device=device)

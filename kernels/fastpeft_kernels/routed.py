@@ -124,11 +124,13 @@ def lora_routed(
     starts: Tensor,
     weights: Tensor | None = None,
     mask: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """The LoRA part of any layer, added onto its base's output: `expand_routed` of `shrink_routed`, in one op where no
     gradient is recorded.
 
     Args and errors are theirs: base (M, N), x (M, K), As (r_j, K) and Bs (N, r_j) of one dtype.
+        overwrite: base, contiguous, is the op's to change where no gradient is recorded: it saves a copy on a CPU.
 
     Returns:
         (M, N) in base's dtype, contiguous. Differentiable in base, x and every factor, once.
@@ -150,8 +152,8 @@ def lora_routed(
             f"As and Bs must fit each other slot by slot; got ranks {ranks[0]} of {As[0].dtype} and {ranks[1]} of "
             f"{Bs[0].dtype}"
         )
-    run = _lora_routed if torch.compiler.is_compiling() else _run_lora
-    out: Tensor = run(base, x, As, Bs, scales, rows, starts, weights, mask)
+    inputs = (base, x, As, Bs, scales, rows, starts, weights, mask)
+    out: Tensor = _lora_routed(*inputs) if torch.compiler.is_compiling() else _run_lora(*inputs, overwrite)
     return out
 
 
@@ -366,13 +368,14 @@ def _run_lora(
     starts: Tensor,
     weights: Tensor | None,
     mask: Tensor | None,
+    overwrite: bool = False,
 ) -> Tensor:
     with no_autocast(base):
         if use_triton(base, As[0]):
             from fastpeft_kernels.gpu import routed as gpu
 
             return gpu.lora(base, x, As, Bs, scales, rows, starts, weights, mask)
-        out = base.clone(memory_format=torch.contiguous_format)
+        out = base if overwrite else base.clone(memory_format=torch.contiguous_format)
         return reference.lora_(out, x, As, Bs, scales, rows, starts, weights, mask)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-Kernel = Literal["shrink", "expand", "outer", "output_pass", "input_pass"]
+Kernel = Literal["shrink", "drawing_shrink", "expand", "outer", "output_pass", "input_pass"]
 GroupKernel = Literal["shrink", "input_pass"]
 RoutedKernel = Literal["shrink", "expand", "outer"]
 Units = Literal["bf16", "tf32"]
@@ -42,6 +42,11 @@ TILES: dict[Kernel, dict[int, Tile]] = {
         32: Tile(64, 64, 32, 8, 2),
         64: Tile(64, 32, 64, 8, 2),
     },
+    "drawing_shrink": {  # as many words of the mask as threads, or nearly: more threads would draw the same words
+        16: Tile(64, 64, 16, 4, 2),
+        32: Tile(128, 32, 32, 8, 2),
+        64: Tile(128, 32, 64, 8, 2),
+    },
     "expand": {
         16: Tile(64, 128, 16, 8, 1),
         32: Tile(64, 64, 32, 8, 2),
@@ -56,8 +61,8 @@ TILES: dict[Kernel, dict[int, Tile]] = {
 
 # Kernels that do the work of two in one pass, where rows are contiguous and the whole rank is one block. What has no
 # entry runs as two kernels. The output pass pays where its planes of dS, 8Mr bytes for every BLOCK_C columns, cost less
-# than the second read of dout that it saves, 2MN in 16 bits: BLOCK_C > 4r. No tile of r = 32 is that wide and spills
-# nothing.
+# than the second read of dout that it saves, 2MN in 16 bits: BLOCK_C > 4r. For ranks over 16 none is
+# listed: gpu/_lora_backward.py says why.
 FUSED_TILES: dict[Kernel, dict[Units, dict[int, Tile]]] = {
     "output_pass": {
         "bf16": {16: Tile(64, 128, 16, 4, 2)},
