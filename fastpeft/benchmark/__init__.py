@@ -65,8 +65,8 @@ DEFAULT_SUITES = (
 )  # fmt: skip
 # The tables with targets first; the ones that take long, or that touch other libraries, last.
 GPU_SUITES = (
-    "llama-layer", "llama-saved", "fused-linear", "own-gemm", "punica", "vllm-lora", "groups", "routed", "host",
-    "model", "peak", "layer", "scaling", "first-step", "compiled-model", "peers",
+    "llama-layer", "llama-saved", "fused-linear", "own-gemm", "punica", "vllm-lora", "groups", "host", "model", "peak",
+    "layer", "scaling", "first-step", "compiled-model", "routed", "peers",
 )  # fmt: skip
 
 

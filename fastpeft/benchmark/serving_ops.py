@@ -31,7 +31,7 @@ from fastpeft_kernels import expand_routed, lora_routed, shrink_routed
 
 LOOP, GATHER = "loop", "gather-bmm"
 POPULARITIES = ("identical", "uniform", "zipf", "distinct")
-BRIEF = Effort(budget_s=0.5, warmup=10, min_rounds=50, max_rounds=200)
+BRIEF = Effort(budget_s=0.3, warmup=10, min_rounds=50, max_rounds=200)
 
 
 class Routing(NamedTuple):
@@ -229,6 +229,6 @@ def punica_cases(quick: bool, device: str) -> Iterator[PunicaCase]:
 
 def vllm_lora_cases(quick: bool, device: str) -> Iterator[VllmLoraCase]:
     for op in ("shrink", "expand"):
-        for hidden in (4096,) if quick else (2048, 4096, 8192):
-            for M in (16, 4096) if quick else (1, 64, 512, 4096):
+        for hidden in (4096,) if quick else (4096, 8192):
+            for M in (16, 4096) if quick else (1, 64, 4096):
                 yield VllmLoraCase(op, M, hidden, device=device)

@@ -102,8 +102,8 @@ GROUP_TILES: dict[GroupKernel, dict[Units, dict[int, GroupTile]]] = {
 # Kernels of routed batches, by whether rows are few (decoding) or many. Every slot's rank is gone through in blocks of
 # BLOCK_R, whatever the ranks are: a row's bits must not depend on the others' adapters.
 ROUTED_TILES: dict[RoutedKernel, dict[Literal["few", "many"], Tile]] = {
-    "shrink": {"few": Tile(16, 64, 16, 4, 4), "many": Tile(64, 32, 32, 8, 2)},
-    "expand": {"few": Tile(16, 128, 16, 4, 1), "many": Tile(64, 128, 16, 8, 1)},
+    "shrink": {"few": Tile(16, 64, 16, 4, 4), "many": Tile(64, 32, 16, 8, 2)},
+    "expand": {"few": Tile(16, 128, 16, 4, 1), "many": Tile(64, 64, 16, 8, 1)},
     "outer": {"few": Tile(32, 64, 16, 8, 2), "many": Tile(32, 64, 16, 8, 2)},
 }
 FEW_ROUTED_ROWS = 1024  # from which on they are many

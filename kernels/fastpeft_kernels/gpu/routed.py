@@ -6,6 +6,7 @@ of S: `lora` lets expand add them up, the others add a launch (tests/kernels/tes
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import triton
 import triton.language as tl
@@ -83,51 +84,56 @@ def lora(
     return routed_expand(base, S, factor_bank(Bs, 1), rows, starts, base.dtype, base.shape[1])
 
 
-# What the compile tests build: every tile with every flag, for the products' two number formats; the most usual kernels
-# of decoding without the flags as well.
+# What the compile tests build: every tile as both passes use it, for the products' two number formats forward, and for
+# the 16-bit factors of decoding.
 
-_BF16, _FP16 = ("bf16", "fp32"), ("fp16", "fp32")
+_BF16, _FP16, _NARROW = ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "bf16")
+_DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 _KERNELS: dict[RoutedKernel, triton.JITFunction] = {
     "shrink": _routed._routed_shrink_kernel,
     "expand": _routed._routed_expand_kernel,
     "outer": _routed._routed_outer_kernel,
 }
+# kernel -> use -> the flags that are set, and how the factors lie
+_USES: dict[RoutedKernel, dict[str, tuple[tuple[str, ...], tl.constexpr]]] = {
+    "shrink": {"forward": (("WEIGHTS", "MASK"), BY_RANK), "backward": ((), BY_COLUMN)},
+    "expand": {"forward": (("BASE", "PLANES"), BY_COLUMN), "backward": (("SCALE", "WEIGHTS", "MASK"), BY_RANK)},
+    "outer": {"backward": (("WEIGHTS", "MASK"), BY_RANK)},
+}
 
 
-def _case(kernel: RoutedKernel, rows: str, t: Tile, mix: tuple[str, str], full: bool) -> CompileCase:
-    fn, (wide, narrow) = _KERNELS[kernel], mix
-    names = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+def _case(kernel: RoutedKernel, rows: str, t: Tile, mix: tuple[str, str], use: str) -> CompileCase:
+    fn, (wide, narrow), (flags, layout) = _KERNELS[kernel], mix, _USES[kernel][use]
     constexprs: dict[str, object] = {
-        "DTYPE": names[narrow], "RESULT": names[wide], "ALIGNED": True, "TRANSPOSED": True, "HAS_PLANES": not full,
-        "LAYOUT": (BY_COLUMN if kernel == "expand" else BY_RANK).value, "HAS_BASE": True,
+        "DTYPE": _DTYPES[narrow], "RESULT": _DTYPES[wide], "LAYOUT": layout.value, "ALIGNED": True, "TRANSPOSED": True,
         "BLOCK_M": t.BLOCK_M, "BLOCK_C": t.BLOCK_C, "BLOCK_R": t.BLOCK_R,
     }  # fmt: skip
-    constexprs |= {f"HAS_{flag}": full for flag in ("SCALE", "WEIGHTS", "MASK")}
+    constexprs |= {name: name[4:] in flags for name in fn.arg_names if name.startswith("HAS_")}
     constexprs = {name: value for name, value in constexprs.items() if name in fn.arg_names}
     pointers = {
-        **dict.fromkeys(("x_ptr", "base_ptr", "out_ptr"), wide), "table_ptr": "i64", "weights_ptr": "fp32",
-        "rows_ptr": "i32", "starts_ptr": "i32", "mask_ptr": "i32", "plane_ptr": "fp32",
-        "s_ptr": "fp32" if kernel == "expand" and not full else narrow,
+        **dict.fromkeys(("x_ptr", "base_ptr", "out_ptr"), wide), **dict.fromkeys(("weights_ptr", "plane_ptr"), "fp32"),
+        **dict.fromkeys(("rows_ptr", "starts_ptr", "mask_ptr"), "i32"), "table_ptr": "i64",
+        "s_ptr": "fp32" if "PLANES" in flags else narrow,
     }  # fmt: skip
     signature = {
         name: "constexpr" if name in constexprs else f"*{pointers[name]}" if name in pointers else "i32"
         for name in fn.arg_names
     }
     return CompileCase(
-        f"{kernel}-{rows}-{wide}-{narrow}{'' if full else '-bare'}", fn, signature, constexprs, t.num_warps,
-        t.num_stages, dot_rows=t.BLOCK_C if kernel == "outer" else t.BLOCK_M, unaligned=("R", "A", "starts_ptr"),
+        f"{kernel}-{use}-{rows}-{wide}-{narrow}", fn, signature, constexprs, t.num_warps, t.num_stages,
+        dot_rows=t.BLOCK_C if kernel == "outer" else t.BLOCK_M, unaligned=("R", "A", "starts_ptr"),
     )  # fmt: skip
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    for kernel, tiles in ROUTED_TILES.items():
-        for rows, t in tiles.items():
-            if kernel == "outer" and rows == "few":
-                continue  # the same tile
-            yield _case(kernel, rows, t, _BF16, full=True)
-            yield _case(kernel, rows, t, _FP16, full=True)
-            if rows == "few":
-                yield _case(kernel, rows, t, ("bf16", "bf16"), full=False)
+    for kernel, uses in _USES.items():
+        tiles = {t: rows for rows, t in ROUTED_TILES[kernel].items()}  # one that both take is built once
+        for (t, rows), use in product(tiles.items(), uses):
+            yield _case(kernel, rows, t, _BF16, use)
+            if use == "forward" or kernel == "outer":
+                yield _case(kernel, rows, t, _FP16, use)
+            if use == "forward" and rows == "few":
+                yield _case(kernel, rows, t, _NARROW, use)
     kinds = {"plane_ptr": "*fp32", "table_ptr": "*i64", "starts_ptr": "*i32", "out_ptr": "*bf16"}
     fn = _routed._routed_sum_kernel
     yield CompileCase(
