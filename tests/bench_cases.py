@@ -4,7 +4,7 @@ import dataclasses
 
 import peft
 
-from fastpeft.benchmark import compiled, gpu, groups, host, ia3, layer, model, roofline
+from fastpeft.benchmark import compiled, gpu, groups, host, ia3, joint, layer, model, roofline, routed
 from fastpeft.benchmark.cases import Case, Effort
 from fastpeft.benchmark.libraries import OURS, REFERENCE
 
@@ -30,5 +30,11 @@ def tiny(case: Case) -> Case:
         return dataclasses.replace(case, M=16, K=32, N=24)
     if isinstance(case, layer.LayerCase):
         return dataclasses.replace(case, M=min(case.M, 16), K=32, N=24, r=4)
+    if isinstance(case, routed.RoutedCase):
+        return dataclasses.replace(case, tokens=min(case.tokens, 3), N=32, r=4)
+    if isinstance(case, routed.RoutedGenerateCase):
+        return dataclasses.replace(case, prompt=3, new=2, r=4, size=TINY_LLAMA)
+    if isinstance(case, joint.JointCase):
+        return dataclasses.replace(case, adapters=2, tokens=8)
     assert isinstance(case, model.ModelCase)
     return dataclasses.replace(case, batch=2, tokens=8, r=4, size=TINY_LLAMA)

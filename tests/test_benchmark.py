@@ -11,7 +11,7 @@ from bench_cases import CEILINGS, ITSELF, ONCE, TINY_LLAMA, tiny
 from torch import nn
 
 from fastpeft import benchmark
-from fastpeft.benchmark import environment, gpu, host, ia3, layer, libraries, model, records, scaling
+from fastpeft.benchmark import environment, gpu, host, ia3, joint, layer, libraries, model, records, routed, scaling
 from fastpeft.benchmark.cases import Result, measure
 from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
 from fastpeft.benchmark.memory import saved_bytes
@@ -160,7 +160,9 @@ ELSEWHERE = ("own-gemm", "peers", "peak", "first-step", "compiled-model")  # sui
 def test_every_suite_runs_in_tiny_shapes_with_what_is_installed(suite, monkeypatch):
     cases = list(benchmark.SUITES[suite](True, "cpu"))
     assert len({case.name for case in cases}) == len(cases)
-    for kind in (gpu.FusedLinearCase, scaling.ScalingCase, host.HostLayerCase):
+    for kind in (
+        gpu.FusedLinearCase, scaling.ScalingCase, host.HostLayerCase, routed.RoutedGenerateCase, joint.JointCase
+    ):  # fmt: skip
         monkeypatch.setattr(kind, "effort", None)  # two rounds do, instead of what the case asks for
     for case in map(tiny, cases[:6]):  # the rest differs in shape alone, which `tiny` makes the same
         result = measure(case, benchmark.available(), ONCE, CEILINGS)

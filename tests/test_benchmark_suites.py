@@ -3,11 +3,13 @@
 import dataclasses
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from bench_cases import ITSELF, ONCE, TINY_LLAMA, tiny
 
-from fastpeft.benchmark import compiled, fresh, groups, host, model, peers, scaling
+import fastpeft
+from fastpeft.benchmark import compiled, fresh, groups, host, model, peers, routed, scaling
 from fastpeft.benchmark.cases import Effort, measure
 from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
 
@@ -67,6 +69,23 @@ def test_scaling_moves_one_size_at_a_time():
         assert len(values) >= 4
         others = {tuple(getattr(case, size) for size in ("M", "K", "N", "r") if size != axis) for case in along}
         assert len(others) == 1
+
+
+@pytest.mark.parametrize("adapters", [1, 4, 64])
+def test_rows_take_their_adapters_in_turn_and_the_error_is_that_of_the_right_one(adapters):
+    case = tiny(routed.RoutedCase(adapters, "fp32", tokens=2))
+    assert len(case.names) == routed.ROWS
+    assert len(set(case.names)) == adapters
+    assert {case.names.count(name) for name in case.names} == {routed.ROWS // adapters}
+    for library in (fastpeft, peft):
+        model = case.model(library)
+        assert not model.training
+        right = model(case.batch(), adapter_names=case.names)
+        exact = case._exact(model)
+        assert (right - exact).norm() < 1e-6 * exact.norm()
+        if adapters > 1:
+            wrong = model(case.batch(), adapter_names=case.names[::-1])
+            assert (wrong - exact).norm() > 0.1 * exact.norm()
 
 
 def test_the_compilers_first_step_is_kept(monkeypatch):

@@ -17,11 +17,13 @@ from fastpeft.benchmark import (
     groups,
     host,
     ia3,
+    joint,
     layer,
     model,
     own_gemm,
     peers,
     roofline,
+    routed,
     scaling,
 )
 from fastpeft.benchmark.cases import QUICK, Case, Effort, Libraries, Result, measure, predicted
@@ -30,7 +32,7 @@ from fastpeft.benchmark.memory import SavedBytes, saved_bytes
 from fastpeft.benchmark.report import Report
 from fastpeft.benchmark.timing import Spread, Timing, interleave, torch_threads, wall_clock
 
-# Name -> cases(quick, device). The first twelve run anywhere, the others are tables of a large GPU.
+# Name -> cases(quick, device). The first fifteen run anywhere, the others are tables of a large GPU.
 SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "layer": layer.layer_cases,
     "groups": groups.group_cases,
@@ -44,6 +46,9 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "first-step": fresh.first_step_cases,
     "scaling": scaling.scaling_cases,
     "compiled-model": compiled.compiled_model_cases,
+    "routed": routed.routed_cases,
+    "routed-generate": routed.routed_generate_cases,
+    "joint": joint.joint_cases,
     "fused-linear": gpu.fused_linear_cases,
     "fused-linear-full": gpu.fused_linear_table,
     "llama-layer": gpu.llama_layer_cases,
@@ -53,7 +58,7 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
 }
 DEFAULT_SUITES = (
     "layer", "groups", "ia3", "dora", "host", "saved", "model", "saved-model", "peak", "first-step", "scaling",
-    "compiled-model",
+    "compiled-model", "routed", "routed-generate", "joint",
 )  # fmt: skip
 # The tables with targets first; the ones that take long, or that touch other libraries, last.
 GPU_SUITES = (

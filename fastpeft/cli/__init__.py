@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(name, one_line(error, limit=1000))
         return error.code
     except (KeyboardInterrupt, typer.Abort):
-        complain(name, "stopped" + ("; the same command with --resume goes on" if command == "train" else ""))
+        resumable = command == "train" or "--prompts" in arguments
+        complain(name, "stopped" + ("; the same command with --resume goes on" if resumable else ""))
         return INTERRUPTED
     except Exception as error:
         reraise_if_debugging(error)

@@ -58,6 +58,9 @@ def bench(
       first-step      its first step in a fresh process
       scaling         the layer over M, r and N
       compiled-model  the step under torch.compile, and how long compiling takes
+      routed          each row of a batch its own adapter, of 1 to 64
+      routed-generate the same through generate, 32 adapters
+      joint           eight adapters trained in one run, against eight runs
 
     \b
     Suites for a large GPU:

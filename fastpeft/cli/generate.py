@@ -9,11 +9,13 @@ import typer
 from fastpeft.cli.errors import CommandError
 from fastpeft.cli.train_options import Precision
 
-SAMPLING = "Sampling"
+SAMPLING, BATCH = "Sampling", "Many adapters"
 
 
 def generate(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
+    adapter: Annotated[
+        str | None, typer.Argument(metavar="[ADAPTER]", help="Adapter folder; many of them: --adapter.")
+    ] = None,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to go on from.")] = None,
     prompts_file: Annotated[
         Path | None,
@@ -52,8 +54,31 @@ def generate(
     ] = None,
     dtype: Annotated[Precision, typer.Option(help="Precision of the base.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME=FOLDER",
+            help="An adapter for --prompts. Repeatable.",
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE.jsonl",
+            help="Lines with a prompt and its adapter; see above.",
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines at a time.", rich_help_panel=BATCH)] = 16,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in --output after its last whole line.", rich_help_panel=BATCH)
+    ] = False,
 ) -> None:
-    """Write text with a base model and an adapter.
+    """Write text with a base model and an adapter, or the lines of a file with many adapters in one batch.
 
     \b
     Examples:
@@ -61,7 +86,36 @@ def generate(
       fastpeft generate my-adapter --prompts-file prompts.txt --temperature 0 --output texts.jsonl
       fastpeft generate my-adapter "Once" --base ./llama --samples 3 --seed 1
       fastpeft generate my-adapter "Once" --no-adapter
+      fastpeft generate --adapter a=./law --adapter b=./code --prompts file.jsonl --output out.jsonl
+
+    \b
+    A line of --prompts, with any of the last six keys left out:
+      {"prompt": "Once", "adapter": "a", "id": 7, "max_new_tokens": 64,
+       "temperature": 0.0, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
+    "adapter" may also be "__base__", for none, or weights: {"a": 0.7, "b": 0.3}. Results come in the lines' order.
     """
+    if adapters or requests:
+        refused = {
+            adapter or "": adapter, "the prompts in quotes": prompts, "--prompts-file": prompts_file,
+            "--no-adapter": no_adapter, "--samples": samples > 1,
+        }  # fmt: skip
+        check_many(adapters, requests, [option for option, given in refused.items() if given])
+        from fastpeft.cli.batch import BatchSettings, generate_batch
+
+        choices = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+        }  # fmt: skip
+        generate_batch(
+            BatchSettings(
+                adapters or [], requests or Path(), output, base, batch_size, choices, seed, resume, dtype, device
+            )
+        )
+        return
+    if adapter is None:
+        raise CommandError("no adapter: give its folder, or many of them with --adapter NAME=FOLDER and --prompts")
+    if resume:
+        raise CommandError("--resume goes with --prompts: leave it out")
     texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise CommandError("no prompt: give one in quotes, or a file with --prompts-file")
@@ -88,6 +142,17 @@ def generate(
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def check_many(adapters: list[str] | None, requests: Path | None, refused: list[str]) -> None:
+    """Raise CommandError unless --adapter and --prompts are there, and nothing that says the same in another way."""
+    if not adapters or not requests:
+        raise CommandError("--adapter NAME=FOLDER and --prompts FILE.jsonl go together: give both")
+    if refused:
+        raise CommandError(
+            f"{refused[0]} cannot be used with --prompts: name adapters with --adapter NAME=FOLDER, and write prompts "
+            f"into {requests}"
+        )
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -84,7 +84,7 @@ class AdapterTrainerMixin:
         folder = Path(resume_from_checkpoint)
         active = adapters.active_adapters
         for name in adapters.peft_config:
-            source = _folder_of(folder, name, adapters)
+            source = folder_of(folder, name, adapters)
             if source is None:
                 raise ValueError(f"{folder} has no weights of adapter {name!r}; resume from a checkpoint of this run")
             adapters.load_adapter(source, name, is_trainable=name in active)
@@ -97,7 +97,7 @@ class AdapterTrainerMixin:
         folder = Path(self.state.best_model_checkpoint)
         logger.info("loading the best adapters from %s (score: %s)", folder, self.state.best_metric)
         for name in adapters.active_adapters:
-            source = _folder_of(folder, name, adapters)
+            source = folder_of(folder, name, adapters)
             if source is None:
                 raise ValueError(f"{folder}, the best checkpoint, no longer has weights of adapter {name!r}")
             adapters.load_adapter(source, name)
@@ -108,7 +108,7 @@ class AdapterTrainerMixin:
         return model if isinstance(model, PeftModel) else None
 
 
-def _folder_of(checkpoint: Path, adapter_name: str, model: PeftModel) -> Path | None:
+def folder_of(checkpoint: Path, adapter_name: str, model: PeftModel) -> Path | None:
     """Where save_pretrained put an adapter. One adapter alone may also lie in the folder itself, under any name."""
     folder = checkpoint if adapter_name == "default" else checkpoint / adapter_name
     if find_weights(folder) is None and len(model.peft_config) == 1:

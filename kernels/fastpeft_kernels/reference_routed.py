@@ -127,7 +127,7 @@ def shrink_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """(dx, [dA_j]); dx is empty, of shape (0,), where it is not needed."""
     if weights is not None:
-        dS = dS * weights.unsqueeze(2)
+        dS = (dS * weights.unsqueeze(2)).to(dS.dtype)
     dAs: list[Tensor | None] = [None] * len(factors)
     dx_dtype = x.dtype if len(rows) == 1 else _wide(x)
     dx = torch.zeros(x.shape if need_dx else 0, dtype=dx_dtype, device=x.device)
@@ -139,7 +139,8 @@ def shrink_backward(
             dS_part = dS_lines[segment.begin : segment.end, : len(A)] * scales[segment.slot]
             dAs[segment.slot] = _sum(dAs[segment.slot], low_rank.outer(part, dS_part, bits))
             if dx_part is not None:
-                taken.give_back_(dx, segment, add_dx_(dx_part, dS_part, A, bits))
+                dtype = torch.promote_types(dx.dtype, A.dtype) if len(rows) > 1 else A.dtype
+                taken.give_back_(dx, segment, add_dx_(dx_part, dS_part.to(dtype), A.to(dtype), bits))
     return dx.to(x.dtype), [A.new_zeros(A.shape) if dA is None else dA for A, dA in zip(factors, dAs, strict=True)]
 
 
@@ -190,7 +191,8 @@ def lora_(
     mask: Tensor | None,
 ) -> Tensor:
     """`expand_` of `shrink`, for inference."""
-    if mask is None and weights is None and len(rows) == 1 and len(x) <= FEW_ROWS:
+    in_factors_dtype = torch.promote_types(out.dtype, As[0].dtype) == As[0].dtype
+    if mask is None and weights is None and len(rows) == 1 and len(x) <= FEW_ROWS and in_factors_dtype:
         return _lora_of_few_(out, x, As, Bs, scales, _passes(rows, starts)[0])
     return expand_(out, shrink(x, As, scales, rows, starts, weights, mask), Bs, rows, starts)
 
@@ -205,7 +207,7 @@ def _lora_of_few_(
         lines, total = x[: taken.entries], out[: taken.entries]
     else:
         lines, total = x.index_select(0, taken.index), out.index_select(0, taken.index)
-    lines, sums = lines.to(As[0].dtype), total.to(_wide(out, As[0]))
+    lines, sums = lines.to(As[0].dtype), total.to(As[0].dtype)
     adapters = [(As[slot], Bs[slot], scales[slot]) for slot, _, _ in taken.segments]
     if len(adapters) == taken.entries:  # each row alone with its adapter
         for (A, B, scale), line, row in zip(adapters, lines.unbind(), sums.unbind(), strict=True):
@@ -252,7 +254,7 @@ def gather_backward(
 ) -> list[Tensor]:
     """[dA_j]."""
     if weights is not None:
-        dS = dS * weights.unsqueeze(2)
+        dS = (dS * weights.unsqueeze(2)).to(dS.dtype)
     dAs = [A.new_zeros(A.shape) for A in factors]
     for dS_lines, taken in zip(dS, _passes(rows, starts), strict=True):
         for segment, part in zip(taken.segments, taken.take(ids), strict=True):

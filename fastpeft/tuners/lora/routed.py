@@ -5,7 +5,7 @@ the number of adapters; other adapters are added one after the other, through th
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,15 @@ from fastpeft_kernels import expand_routed, gather_routed, lora_routed, scale_ro
 from fastpeft_kernels.dropout import draw_mask, dropout_scale
 
 
+class _Adapter(NamedTuple):
+    """An adapter that the routed ops may read."""
+
+    name: str
+    A: Tensor
+    B: Tensor
+    dropout_p: float
+
+
 def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The layer's output, in the base layer's output dtype; rows without an adapter have the base's own bits.
 
@@ -27,72 +36,76 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     if layer.merged:
         raise ValueError(f"adapter_names cannot be used while {layer.merged_adapters} are merged; unmerge them first")
     base = layer.base_layer(x, *args, **kwargs)
-    names = tuple(name for name in routing.names if name in layer.r)
     shape = x.shape if isinstance(layer.base, EmbeddingBase) else x.shape[:-1]
-    routing.tables(shape, names, x.device)  # the rows must fit, even where this layer has nothing to add
+    names = tuple([name for name in routing.names if name in layer.r])
+    tables = routing.tables(shape, names, x.device)  # the rows must fit, even where this layer has nothing to add
     if not names:
         return base  # type: ignore[no-any-return]
-    ordinary = is_ordinary(x) and is_ordinary(base)
-    together: dict[torch.dtype, list[str]] = {}
-    alone = []
-    for name in names:
-        dtype = _dtype_for_ops(layer, name, x) if ordinary else None
-        if dtype is None:
-            alone.append(name)
-        else:
-            together.setdefault(dtype, []).append(name)
+    readable = _adapters_for_ops(layer, names, x, base)
+    dtypes = {adapter.A.dtype for adapter in readable}
+    if len(readable) == len(names) and len(dtypes) == 1:
+        ours = not torch.is_grad_enabled() and not isinstance(base_parts(layer), str)  # nobody else has seen the output
+        return _add_together(layer, readable, tables, base, x, overwrite=ours)
     out = base
-    for group in together.values():
-        tables = routing.tables(shape, tuple(group), x.device)
+    for dtype in dtypes:
+        group = [adapter for adapter in readable if adapter.A.dtype == dtype]
+        tables = routing.tables(shape, tuple(adapter.name for adapter in group), x.device)
         out = _add_together(layer, group, tables, out, x)
-    for name in alone:
+    for name in [name for name in names if all(adapter.name != name for adapter in readable)]:
         out = _add_alone(layer, name, routing.tables(shape, (name,), x.device), base, out, x)
     return out  # type: ignore[no-any-return]
 
 
-def _dtype_for_ops(layer: Any, name: str, x: Tensor) -> torch.dtype | None:
-    """The dtype of an adapter's factors if the routed ops may read them, or None."""
-    if isinstance(layer.base, EmbeddingBase):
-        return _embedding_dtype(layer, name)
+def _adapters_for_ops(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -> list[_Adapter]:
+    if not (is_ordinary(x) and is_ordinary(base)):
+        return []
+    found = _embedding_adapter if isinstance(layer.base, EmbeddingBase) else _linear_adapter
+    adapters = [found(layer, name, x.dtype) for name in names]
+    return [adapter for adapter in adapters if adapter is not None]
+
+
+def _linear_adapter(layer: Any, name: str, x_dtype: torch.dtype) -> _Adapter | None:
     parts = adapter_parts(layer, name)
     if isinstance(parts, str):
         return None
-    A, _, p = parts
+    A, B, p = parts
     variant = layer.variants[name]
     if not variant.is_a_sum and (p > 0 or variant.obstacle(layer, name) or isinstance(base_parts(layer), str)):
         return None  # with dropout, DoRA's base product is one of its own
-    if x.dtype != A.dtype and A.dtype != torch.float32:
-        return None
-    return A.dtype
+    return _Adapter(name, A, B, p) if A.dtype in (x_dtype, torch.float32) else None
 
 
-def _embedding_dtype(layer: Any, name: str) -> torch.dtype | None:
-    module, factors = layer.get_base_layer(), layer.base.factors(layer, name)
+def _embedding_adapter(layer: Any, name: str, _: torch.dtype) -> _Adapter | None:
+    module, (A, B) = layer.get_base_layer(), layer.base.factors(layer, name)
     special = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
     padded = module.padding_idx is not None and torch.is_grad_enabled()  # that row must get no gradient
-    plain = all(type(factor) is nn.Parameter and not factor.is_meta for factor in factors)
-    same = factors[0].dtype == factors[1].dtype
-    return factors[0].dtype if plain and same and not special and not padded else None
+    plain = all(type(factor) is nn.Parameter and not factor.is_meta for factor in (A, B))
+    return _Adapter(name, A, B, 0.0) if plain and A.dtype == B.dtype and not special and not padded else None
 
 
-def _add_together(layer: Any, names: Sequence[str], tables: RoutingTables, out: Tensor, x: Tensor) -> Tensor:
-    """out with these adapters, by the routed ops."""
-    rows, starts, weights = tables
+def _add_together(
+    layer: Any,
+    adapters: Sequence[_Adapter],
+    tables: RoutingTables,
+    out: Tensor,
+    x: Tensor,
+    overwrite: bool = False,
+) -> Tensor:
+    """out with these adapters, by the routed ops; `overwrite`: they may change out itself."""
+    names, As, Bs, ps = (list(parts) for parts in zip(*adapters, strict=True))
     flat = out.reshape(-1, out.shape[-1])
     scales = [layer.scaling[name] for name in names]
     if isinstance(layer.base, EmbeddingBase):
-        As, Bs = (list(parts) for parts in zip(*(layer.base.factors(layer, name) for name in names), strict=True))
+        rows, starts, weights = tables
         S = gather_routed(x.reshape(-1), As, scales, rows, starts, weights)
         factor = layer.base.embed_scale(layer.get_base_layer())
         return expand_routed(flat, S if factor is None else S * factor.to(S.dtype), Bs, rows, starts).view(out.shape)
-    factors = [adapter_parts(layer, name) for name in names]
-    As, Bs, ps = (list(parts) for parts in zip(*factors, strict=True))
     if not all(layer.variants[name].is_a_sum for name in names):
         flat, Bs = _with_magnitudes(layer, names, tables, flat, Bs)
     x = x.reshape(-1, x.shape[-1])
     if any(ps):
         return _add_with_dropout(flat, x, As, Bs, scales, ps, tables).view(out.shape)
-    return lora_routed(flat, x, As, Bs, scales, rows, starts, weights).view(out.shape)
+    return lora_routed(flat, x, As, Bs, scales, *tables, overwrite=overwrite).view(out.shape)
 
 
 def _with_magnitudes(

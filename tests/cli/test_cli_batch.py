@@ -1,0 +1,278 @@
+"""fastpeft generate --adapter NAME=FOLDER ... --prompts FILE: each line with its adapter, in order, and resumable."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastpeft import PeftModel
+from fastpeft.cli import main, models
+from fastpeft.cli.requests import SAMPLING, Request, cut_batches
+from fastpeft.demo import BASE
+
+DEFAULTS = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
+GREEDY = ("--temperature", 0, "-n", 6, "--dtype", "fp32", "--batch-size", 3)
+LINES = [
+    {"prompt": "The hacker", "adapter": "a", "id": "first"},
+    {"prompt": "And it came to pass in the days of", "adapter": "b"},
+    {"prompt": "The king", "adapter": "__base__", "id": None},
+    {"prompt": "A computer is", "adapter": "b", "max_new_tokens": 3, "id": 4},
+    {"prompt": "", "adapter": "a"},
+    {"prompt": "In the beginning", "adapter": "a", "max_new_tokens": 9},
+    {"prompt": "The hacker", "adapter": "b"},
+]
+
+
+@pytest.fixture(scope="session")
+def second(tmp_path_factory, documents) -> Path:
+    """An adapter of another rank on the same base."""
+    folder = tmp_path_factory.mktemp("run") / "second"
+    options = ["--max-steps", 2, "--batch-size", 2, "--block-size", 32, "--rank", 6, "--dtype", "fp32", "--seed", 3]
+    options += ["--lr", 0.05, "--warmup", 0, "--eval-fraction", 0]
+    assert main([str(a) for a in ("train", BASE, "--data", documents, "--output", folder, *options)]) == 0
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    def write(lines=LINES) -> Path:
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def named(adapter, second):
+    return ("--adapter", f"a={adapter}", "--adapter", f"b={second}")
+
+
+def rows_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(adapter, second):
+    """The completion of a line with its adapter alone on the base: by (prompt, adapter, most tokens)."""
+
+    def complete(prompt, name, most):
+        model = models.load_base(str(BASE), "fp32", "cpu")
+        tokenizer = models.load_tokenizer(str(BASE))
+        folder = {"a": adapter, "b": second}.get(name)
+        if folder:
+            model = PeftModel.from_pretrained(model, folder).eval()
+        inputs = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt")
+        ids = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=most, do_sample=False
+        )
+        return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return complete
+
+
+def test_every_line_gets_its_adapters_text_in_the_order_of_the_lines(cli, named, prompts, tmp_path, one_by_one):
+    output = tmp_path / "new" / "out.jsonl"
+    answer = cli("generate", *named, "--prompts", prompts(), "--output", output, *GREEDY)
+    assert (answer.code, answer.out) == (0, "")
+    assert "7/7 prompts" in answer.err
+    rows = rows_of(output.read_text())
+    assert [row["prompt"] for row in rows] == [line["prompt"] for line in LINES]
+    assert [row["adapter"] for row in rows] == [line["adapter"] for line in LINES]
+    assert ["id" in row for row in rows] == ["id" in line for line in LINES]
+    for row, line in zip(rows, LINES, strict=True):
+        assert row["completion"] == one_by_one(line["prompt"], line["adapter"], line.get("max_new_tokens", 6))
+    assert rows[0]["completion"] != rows[6]["completion"]  # one prompt, two adapters
+
+
+def test_without_an_output_the_lines_are_printed(cli, named, prompts):
+    answer = cli("generate", *named, "--prompts", prompts(LINES[:2]), *GREEDY)
+    assert [row["adapter"] for row in rows_of(answer.out)] == ["a", "b"]
+    assert "2/2 prompts" in answer.err
+
+
+def test_the_only_adapter_need_not_be_named(cli, adapter, prompts):
+    answer = cli("generate", "--adapter", f"a={adapter}", "--prompts", prompts([{"prompt": "Once"}]), *GREEDY)
+    assert rows_of(answer.out)[0]["adapter"] == "a"
+
+
+def test_weighted_adapters_in_one_line(cli, named, prompts):
+    lines = [{"prompt": "The hacker", "adapter": {"a": 1, "b": 0}}, {"prompt": "The hacker", "adapter": "a"}]
+    lines += [{"prompt": "The hacker", "adapter": {"a": 0.5, "b": 0.5}}]
+    answer = cli("generate", *named, "--prompts", prompts(lines), *GREEDY)
+    first, second, third = rows_of(answer.out)
+    assert first["completion"] == second["completion"]
+    assert third["adapter"] == {"a": 0.5, "b": 0.5}
+
+
+@pytest.mark.parametrize("cut", ["whole lines", "half a line", "half a character", "nothing"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(cut, sampled, cli, named, prompts, tmp_path):
+    """Kept lines stay; the others come out as in a run that nobody killed, sampled ones too."""
+    file = prompts([*LINES[:3], {"prompt": "naïve", "adapter": "a", "id": "é"}, *LINES[3:]])
+    options = [*named, "--prompts", file, *GREEDY, *(("--temperature", 1.0, "--seed", 5) if sampled else ())]
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert cli("generate", *options, "--output", whole).code == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    kept, rest = {
+        "whole lines": (lines[:4], b""),
+        "half a line": (lines[:4], lines[4][:9]),
+        "half a character": (lines[:3], lines[3][: lines[3].index("é".encode()) + 1]),
+        "nothing": ([], b""),
+    }[cut]
+    killed.write_bytes(b"".join(kept) + rest)
+    shutil.copy(f"{whole}.run.json", f"{killed}.run.json")
+    answer = cli("generate", *options, "--output", killed, "--resume")
+    assert answer.code == 0, answer.err
+    assert ("going on after" in answer.err) == bool(kept)
+    assert killed.read_bytes() == whole.read_bytes()
+    again = cli("generate", *options, "--output", killed, "--resume")  # nothing left to do
+    assert (again.code, killed.read_bytes()) == (0, whole.read_bytes())
+
+
+def test_a_run_that_is_really_killed(named, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    lines = [{**line, "max_new_tokens": 20} for line in LINES * 6]
+    options = [*named, "--prompts", prompts(lines), "--output", output, *GREEDY]
+    command = [sys.executable, "-m", "fastpeft.cli", "generate", *map(str, options)]
+    run = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=os.environ, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while run.poll() is None and not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    before = output.read_bytes()
+    assert 0 < before.count(b"\n") < len(lines)
+    assert main(["generate", *map(str, options), "--resume"]) == 0
+    assert output.read_bytes().startswith(before)
+    assert [row["prompt"] for row in rows_of(output.read_text())] == [line["prompt"] for line in lines]
+
+
+def test_what_changed_since_the_file_was_begun_is_named(cli, named, adapter, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    options = ["generate", *named, "--prompts", prompts(), "--output", output, *GREEDY]
+    assert cli(*options).code == 0
+    before = output.read_bytes()
+    assert "--resume" in cli(*options).err  # it is there: nothing is written over
+    for changed, said in (
+        ([*options, "--resume", "--top-k", 3], "--top-k changed since"),
+        ([*options[:2], f"a={adapter.parent / 'other'}", *options[3:], "--resume"], "adapter a changed since"),
+    ):
+        shutil.copytree(adapter, adapter.parent / "other", dirs_exist_ok=True)
+        weights = adapter.parent / "other" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes() + b" ")
+        answer = cli(*changed)
+        assert answer.code == 2
+        assert said in answer.err
+    prompts([*LINES, LINES[0]])
+    answer = cli(*options, "--resume")
+    assert answer.code == 2
+    assert "the prompts file changed since" in answer.err
+    prompts()
+    Path(f"{output}.run.json").unlink()
+    assert "cannot be read: give another file" in cli(*options, "--resume").err
+    assert output.read_bytes() == before
+
+
+def test_results_of_other_prompts_are_not_gone_on_with(cli, named, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    options = ["generate", *named, "--prompts", prompts(), "--output", output, *GREEDY]
+    assert cli(*options).code == 0
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text("".join([lines[0], lines[2], lines[1]]))
+    assert "line 2 is not that prompt's result" in cli(*options, "--resume").err
+
+
+BAD_LINES = [
+    ("not json", "not JSON"),
+    ("[1]", 'expected a JSON object with "prompt"'),
+    ({"adapter": "a"}, 'expected a JSON object with "prompt"'),
+    ({"prompt": 3}, 'expected a JSON object with "prompt"'),
+    ({"prompt": "Once"}, "does not say which adapter it takes"),
+    ({"prompt": "Once", "adapter": "c"}, "no adapter 'c'; there are 'a', 'b' or __base__"),
+    ({"prompt": "Once", "adapter": "x" * 10_000}, "no adapter 'xxx"),
+    ({"prompt": "Once", "adapter": {}}, '"adapter" must be a name'),
+    ({"prompt": "Once", "adapter": ["a"]}, '"adapter" must be a name'),
+    ({"prompt": "Once", "adapter": {"a": "much"}}, "the weight of adapter 'a' must be a finite number"),
+    ({"prompt": "Once", "adapter": {"a": float("nan")}}, "the weight of adapter 'a' must be a finite number"),
+    ({"prompt": "Once", "adapter": {"c": 1.0}}, "no adapter 'c'"),
+    ({"prompt": "Once", "adapter": "a", "top": 3}, "no key is called 'top'; there are prompt, adapter, id"),
+    ({"prompt": "Once", "adapter": "a", "max_new_tokens": 0}, "max_new_tokens must be a whole number from 1, got 0"),
+    ({"prompt": "Once", "adapter": "a", "max_new_tokens": 1.5}, "max_new_tokens must be a whole number"),
+    ({"prompt": "Once", "adapter": "a", "temperature": "hot"}, "temperature must be a number from 0"),
+    ({"prompt": "Once", "adapter": "a", "temperature": float("inf")}, "temperature must be a number from 0"),
+    ({"prompt": "Once", "adapter": "a", "top_p": True}, "top_p must be a number from 0.01 to 1"),
+    ({"prompt": "Once", "adapter": "a", "max_new_tokens": 5000}, "the model reads 1024 tokens: "),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_LINES, ids=[said for _, said in BAD_LINES])
+def test_a_line_that_cannot_be_used_is_named_before_anything_is_written(line, said, cli, named, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    answer = cli("generate", *named, "--prompts", prompts([LINES[0], "", line]), "--output", output)
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert "prompts.jsonl, line 3: " in answer.err
+    assert said in answer.err
+    assert len(answer.err) < 500
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--adapter", "a=ADAPTER"), 2, "--adapter NAME=FOLDER and --prompts FILE.jsonl go together"),
+        (("--prompts", "PROMPTS"), 2, "--adapter NAME=FOLDER and --prompts FILE.jsonl go together"),
+        (("--adapter", "ADAPTER", "--prompts", "PROMPTS"), 2, "expected NAME=FOLDER"),
+        (("--adapter", "__base__=ADAPTER", "--prompts", "PROMPTS"), 2, "choose another name"),
+        (("--adapter", "a=ADAPTER", "--adapter", "a=ADAPTER", "--prompts", "PROMPTS"), 2, "'a' is there twice"),
+        (("--adapter", "a=missing", "--prompts", "PROMPTS"), 2, "no adapter folder"),
+        (("--adapter", "a=ADAPTER", "--prompts", "missing"), 2, "no prompts file"),
+        (("--adapter", "a=ADAPTER", "--prompts", "empty"), 2, "holds no prompt"),
+        (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "ADAPTER"), 2, "cannot be used with --prompts"),
+        (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--no-adapter"), 2, "--no-adapter cannot be used"),
+        (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--samples", "2"), 2, "--samples cannot be used"),
+        (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--resume"), 2, "name it with --output"),
+        (("--adapter", "a.b=ADAPTER", "--prompts", "PROMPTS"), 1, "cannot be used"),
+        (("ADAPTER", "Hello", "--resume"), 2, "--resume goes with --prompts"),
+        ((), 2, "no adapter: give its folder"),
+    ],
+)
+def test_arguments_that_cannot_be_used(arguments, code, said, cli, adapter, prompts, tmp_path):
+    (tmp_path / "empty").write_text("\n\n")
+    file = prompts([{"prompt": "Once", "adapter": "__base__"}])
+    replaced = [a.replace("ADAPTER", str(adapter)).replace("PROMPTS", str(file)) for a in arguments]
+    replaced = [str(tmp_path / a) if a == "empty" else a for a in replaced]
+    answer = cli("generate", *replaced)
+    assert answer.code == code
+    assert said in answer.err
+    assert answer.err.count("\n") == 1
+
+
+def test_adapters_of_two_bases_are_told_apart(cli, adapter, second, copy_of, prompts, tmp_path):
+    shutil.copytree(BASE, tmp_path / "elsewhere")
+    moved = copy_of(second, base_model_name_or_path=str(tmp_path / "elsewhere"))
+    options = ("--adapter", f"a={adapter}", "--adapter", f"b={moved}", "--prompts", prompts(LINES[:2]))
+    answer = cli("generate", *options)
+    assert answer.code == 2
+    assert "name the base of both with --base" in answer.err
+
+
+def test_batches_hold_lines_that_sample_alike_and_fit_together():
+    def requests(*changes):
+        return [Request(i, "", "a", DEFAULTS | change) for i, change in enumerate(changes)]
+
+    assert set(SAMPLING) == set(DEFAULTS)
+    lines = requests({}, {"max_new_tokens": 2}, {"temperature": 1.0}, {"temperature": 1.0}, {})
+    assert [list(b) for b in cut_batches(lines, [3] * 5, 8, None)] == [[0, 1], [2, 3], [4]]
+    assert [list(b) for b in cut_batches(lines[:2] * 2, [3] * 4, 3, None)] == [[0, 1, 2], [3]]
+    long = requests({"max_new_tokens": 90}, {"max_new_tokens": 10}, {"max_new_tokens": 10})
+    # the second would be written on for 90 tokens after its 80
+    assert [list(b) for b in cut_batches(long, [5, 80, 2], 8, 100)] == [[0], [1, 2]]
+    assert list(cut_batches([], [], 3, None)) == []
