@@ -5,11 +5,6 @@ import serving_cases as cases
 import torch
 
 from fastpeft import PeftModel
-from fastpeft.batch_generation import BatchGeneration
-
-
-def generate_batch(model, *args, **kwargs):
-    return BatchGeneration.generate_batch(model, *args, **kwargs)  # as a model has it
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +25,8 @@ def test_each_prompt_takes_its_adapter(model, folders):
     prompts = cases.prompts(18, shared=8)
     names = [(*"01234", None)[i % 6] for i in range(18)]
     model.train()  # generation is in eval mode all the same
-    outputs = generate_batch(
-        model, prompts, cases.generation_config(), cases.batching_config(), adapter_names=names, progress_bar=False
+    outputs = model.generate_batch(
+        prompts, cases.generation_config(), cases.batching_config(), adapter_names=names, progress_bar=False
     )
     assert [output.prompt_ids for output in outputs.values()] == prompts, "in the order of the prompts"
     oracle = cases.Alone()
@@ -43,8 +38,8 @@ def test_each_prompt_takes_its_adapter(model, folders):
 def test_weights_and_base(model):
     prompt = cases.prompts(1)[0]
     rows = [{"0": 0.5, "1": 0.5}, {"0": 1.0}, "0", "__base__", None]
-    outputs = generate_batch(
-        model, [prompt] * 5, cases.generation_config(), cases.batching_config(), adapter_names=rows, max_new_tokens=4
+    outputs = model.generate_batch(
+        [prompt] * 5, cases.generation_config(), cases.batching_config(), adapter_names=rows, max_new_tokens=4
     )
     mixed, weighted, plain, base, none = (output.generated_tokens for output in outputs.values())
     assert weighted == plain
@@ -61,7 +56,7 @@ def test_weights_and_base(model):
 def test_several_answers_to_a_prompt(model):
     prompts = cases.prompts(3)
     config = cases.generation_config(do_sample=True, top_k=1, num_return_sequences=2)
-    outputs = generate_batch(model, prompts, config, cases.batching_config(), adapter_names=["0", "1", None])
+    outputs = model.generate_batch(prompts, config, cases.batching_config(), adapter_names=["0", "1", None])
     answers = [output.generated_tokens for output in outputs.values()]
     assert answers[0::2] == answers[1::2]
     assert len(outputs) == 6
@@ -72,23 +67,23 @@ def test_a_manager_that_is_kept_does_not_keep_old_weights(model, folders):
     prompt = cases.prompts(1, shared=12)[0]
     options = {"adapter_names": ["0"], "persistent_manager": True}
     config = cases.generation_config(), cases.batching_config()
-    [first] = generate_batch(model, [prompt], *config, **options).values()
-    [again] = generate_batch(model, [prompt], *config, **options).values()
+    [first] = model.generate_batch([prompt], *config, **options).values()
+    [again] = model.generate_batch([prompt], *config, **options).values()
     assert first.generated_tokens == again.generated_tokens
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".0." in name and "lora_B" in name:
                 parameter.mul_(-1)
-    [changed] = generate_batch(model, [prompt], *config, **options).values()
+    [changed] = model.generate_batch([prompt], *config, **options).values()
     model.get_base_model().destroy_cached_continuous_batching_manager()
-    [fresh] = generate_batch(model, [prompt], *config, adapter_names=["0"]).values()
+    [fresh] = model.generate_batch([prompt], *config, adapter_names=["0"]).values()
     assert changed.generated_tokens == fresh.generated_tokens != first.generated_tokens
 
 
 def test_without_names_it_is_that_of_transformers(model, folders):
     prompts = cases.prompts(3)
     model.set_adapter("1")
-    outputs = generate_batch(model, prompts, cases.generation_config(), cases.batching_config(), max_new_tokens=3)
+    outputs = model.generate_batch(prompts, cases.generation_config(), cases.batching_config(), max_new_tokens=3)
     answers = [output.generated_tokens for output in outputs.values()]
     assert answers == [answer[:3] for answer in cases.Alone().answers(folders[1], prompts)]
 
@@ -96,17 +91,17 @@ def test_without_names_it_is_that_of_transformers(model, folders):
 def test_arguments(model):
     call = {"generation_config": cases.generation_config(), "continuous_batching_config": cases.batching_config()}
     with pytest.raises(ValueError, match=r"one entry a prompt: expected 2, got \['0'\]"):
-        generate_batch(model, [[5], [6]], adapter_names=["0"], **call)
+        model.generate_batch([[5], [6]], adapter_names=["0"], **call)
     with pytest.raises(ValueError, match="one entry a prompt: expected 1, got '0'"):
-        generate_batch(model, [[5]], adapter_names="0", **call)
+        model.generate_batch([[5]], adapter_names="0", **call)
     with pytest.raises(ValueError, match=r"no adapter \['nobody'\]"):
-        generate_batch(model, [[5]], adapter_names=["nobody"], **call)
+        model.generate_batch([[5]], adapter_names=["nobody"], **call)
     with pytest.raises(TypeError, match=r"does not know \['temprature'\]"):
-        generate_batch(model, [[5]], adapter_names=["0"], temprature=1.0, **call)
-    assert generate_batch(model, [], adapter_names=[], **call) == {}
+        model.generate_batch([[5]], adapter_names=["0"], temprature=1.0, **call)
+    assert model.generate_batch([], adapter_names=[], **call) == {}
     model.base_model.merge_adapter(["0"])
     with pytest.raises(ValueError, match=r"cannot be used while \['0'\] are merged"):
-        generate_batch(model, [[5]], adapter_names=["1"], **call)
+        model.generate_batch([[5]], adapter_names=["1"], **call)
 
 
 def test_a_generation_that_breaks_down(model, monkeypatch):
@@ -114,5 +109,5 @@ def test_a_generation_that_breaks_down(model, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(model.get_base_model().model, "forward", fail)
-    with pytest.raises(RuntimeError, match="broke down .*out of memory"):
-        generate_batch(model, [[5]], cases.generation_config(), cases.batching_config(), adapter_names=["0"])
+    with pytest.raises(RuntimeError, match=r"broke down .*out of memory"):
+        model.generate_batch([[5]], cases.generation_config(), cases.batching_config(), adapter_names=["0"])
