@@ -220,6 +220,7 @@ class _Current(threading.local):
 
 
 _current = _Current()
+_any_unrecorded = False
 _unrecorded: WeakSet[nn.Module] = WeakSet()  # layers that followed a routing where a checkpoint may have hidden it
 
 
@@ -246,15 +247,19 @@ def routing_for(layer: nn.Module) -> Routing | None:
     Raises:
         RuntimeError: an activation checkpoint that knows nothing of it will run, or runs, this forward once more.
     """
+    global _any_unrecorded
     routing = _current.routing
+    if routing is None and not _any_unrecorded:  # as for every token of a model that was never routed
+        return None
     if torch.compiler.is_compiling():
         return routing
     if routing is None:
-        if _unrecorded and layer in _unrecorded and torch.is_grad_enabled() and in_backward():
+        if layer in _unrecorded and torch.is_grad_enabled() and in_backward():
             raise RuntimeError(_UNKNOWN_CHECKPOINT)
     elif not _current.carried and _current.recorded:
         if not torch.is_grad_enabled():
             _unrecorded.add(layer)  # a reentrant checkpoint, or a part of the model that is not trained
+            _any_unrecorded = True
         elif is_checkpoint(hooks_around()):
             raise RuntimeError(_UNKNOWN_CHECKPOINT)
     return routing

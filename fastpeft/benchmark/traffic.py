@@ -5,7 +5,8 @@ counted by the pointer argument it came from: the distinct unmasked elements tha
 what reaches memory when the hardware joins the accesses of a block. Caches are not modelled: a second pass over a
 tensor counts again, unless the argument is named as one that a cache holds for as long as a launch lasts. Operators of
 torch count each operand once; products with a frozen weight are the base's own, apart from the C operand that they read
-when they accumulate.
+when they accumulate. A kernel that takes a frozen weight through a TMA descriptor is a base product too: what goes
+through its descriptors is the base's own, what goes through its pointers is not.
 """
 
 import inspect
@@ -32,16 +33,22 @@ class Launch:
         name: the kernel's, or the operator's: "aten.addmm_".
         reads, writes: bytes by argument of a kernel, or by position of an operator's tensor.
         is_base: a product with the frozen weight; a C operand that it reads is counted in `Traffic.c_reads`.
+        own: of a base product, the bytes that the frozen layer moves as well; they are not in reads and writes.
     """
 
     name: str
     reads: Counter[str] = field(default_factory=Counter)
     writes: Counter[str] = field(default_factory=Counter)
     is_base: bool = False
+    own: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def arguments(self) -> Counter[str]:
+        return self.reads + self.writes
 
     @property
     def bytes(self) -> int:
-        return self.reads.total() + self.writes.total()
+        return self.arguments.total()
 
 
 class Traffic:
@@ -56,13 +63,13 @@ class Traffic:
 
     def bytes(self) -> int:
         """All bytes beyond the base products: kernels, other operators, and the C operands of the base products."""
-        return sum(launch.bytes for launch in self.beside_base()) + self.c_reads
+        return sum(launch.bytes for launch in self.launches) + self.c_reads
 
     def arguments(self) -> Counter[str]:
-        """Bytes by "name.argument", reads and writes together, over all launches beside the base products."""
+        """Bytes by "name.argument", reads and writes together, without those that are the frozen layer's own."""
         total: Counter[str] = Counter()
-        for launch in self.beside_base():
-            for argument, count in [*launch.reads.items(), *launch.writes.items()]:
+        for launch in self.launches:
+            for argument, count in launch.arguments.items():
                 total[f"{launch.name}.{argument}"] += count
         return total
 
@@ -81,7 +88,8 @@ def counting(*weights: Tensor, cached: Container[str] = ()) -> Iterator[Traffic]
             once, element by element.
     """
     traffic = Traffic()
-    with _Operators(traffic, weights), _interpreter_hooks(traffic, cached):
+    frozen = frozenset(weight.untyped_storage().data_ptr() for weight in weights)
+    with _Operators(traffic, frozen), _interpreter_hooks(traffic, frozen, cached):
         yield traffic
 
 
@@ -89,9 +97,10 @@ def counting(*weights: Tensor, cached: Container[str] = ()) -> Iterator[Traffic]
 
 
 @contextmanager
-def _interpreter_hooks(traffic: Traffic, cached: Container[str]) -> Iterator[None]:
+def _interpreter_hooks(traffic: Traffic, frozen: frozenset[int], cached: Container[str]) -> Iterator[None]:
     """Tag each pointer argument of a launch in its upper bits; count and strip the tags at loads and stores."""
     from triton.runtime import interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     originals = {
@@ -101,6 +110,7 @@ def _interpreter_hooks(traffic: Traffic, cached: Container[str]) -> Iterator[Non
     call, convert = executor.__call__, interpreter._implicit_cvt
     names: list[str] = []  # of the running launch, by tag - 1
     seen: dict[str, set[int]] = {}  # of the running launch: addresses read of cached arguments
+    descriptors: set[str] = set()  # of the running launch
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
@@ -108,7 +118,11 @@ def _interpreter_hooks(traffic: Traffic, cached: Container[str]) -> Iterator[Non
         names.clear()
         seen.clear()
         _state.in_kernel, _state.waiting, _state.depth = True, waiting, 0
-        traffic.launches.append(Launch(self.fn.__name__))
+        described = {name: value.base for name, value in bound.items() if isinstance(value, TensorDescriptor)}
+        descriptors.clear()
+        descriptors.update(described)
+        is_base = any(t.untyped_storage().data_ptr() in frozen for t in described.values())
+        traffic.launches.append(Launch(self.fn.__name__, is_base=is_base))
         try:
             return call(self, *args, **kwargs)
         finally:
@@ -126,8 +140,10 @@ def _interpreter_hooks(traffic: Traffic, cached: Container[str]) -> Iterator[Non
             converted.handle.data = converted.handle.data | np.uint64(len(names) << TAG_SHIFT)
         return converted
 
-    def count(pointers: Any, mask: np.ndarray, sides: tuple[str, ...]) -> Any:
-        addresses = np.unique(pointers.data[np.broadcast_to(mask, pointers.data.shape)])
+    def count(pointers: Any, mask: Any, sides: tuple[str, ...]) -> Any:
+        values = mask if isinstance(mask, np.ndarray) else mask.data  # a descriptor's comes bare
+        inside = np.broadcast_to(values.astype(bool), pointers.data.shape)  # and some come as integers
+        addresses = np.unique(pointers.data[inside])
         size = pointers.get_element_ty().primitive_bitwidth // 8
         for number in np.unique(addresses >> TAG_SHIFT):
             name = names[int(number) - 1] if number else "address from memory"
@@ -136,16 +152,17 @@ def _interpreter_hooks(traffic: Traffic, cached: Container[str]) -> Iterator[Non
                 before = seen.setdefault(name, set())
                 own = set(own.tolist()) - before
                 before |= own
-            for side in sides:
-                getattr(traffic.launches[-1], side)[name] += len(own) * size
+            running = traffic.launches[-1]
+            for side in ("own",) if running.is_base and name in descriptors else sides:
+                getattr(running, side)[name] += len(own) * size
         plain = pointers.data & np.uint64((1 << TAG_SHIFT) - 1)
         return interpreter.TensorHandle(plain, pointers.dtype, dict(pointers.attr))
 
     def load(self: Any, ptrs: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
-        return originals["create_masked_load"](self, count(ptrs, mask.data, ("reads",)), mask, *rest, **kwargs)
+        return originals["create_masked_load"](self, count(ptrs, mask, ("reads",)), mask, *rest, **kwargs)
 
     def store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
-        plain = count(ptrs, mask.data, ("writes",))
+        plain = count(ptrs, mask, ("writes",))
         return originals["create_masked_store"](self, plain, value, mask, *rest, **kwargs)
 
     def atomic_cas(self: Any, ptr: Any, *rest: Any) -> Any:
@@ -153,7 +170,7 @@ def _interpreter_hooks(traffic: Traffic, cached: Container[str]) -> Iterator[Non
         return originals["create_atomic_cas"](self, plain, *rest)
 
     def atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
-        plain = count(ptr, mask.data, ("reads", "writes"))
+        plain = count(ptr, mask, ("reads", "writes"))
         return originals["create_atomic_rmw"](self, op, plain, val, mask, *rest)
 
     patches = dict(zip(originals, (load, store, atomic_cas, atomic_rmw), strict=True))
@@ -184,10 +201,9 @@ _NO_LAUNCH = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "li
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, traffic: Traffic, weights: tuple[Tensor, ...]) -> None:
+    def __init__(self, traffic: Traffic, frozen: frozenset[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.traffic = traffic
-        self.weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.traffic, self.frozen = traffic, frozen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
@@ -205,13 +221,14 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         new = [t for t in written if mutates or t.untyped_storage().data_ptr() not in storages]
         if name in _NO_LAUNCH or not new:
             return  # a view, or memory that nobody wrote
-        launch = Launch(f"aten.{name}", is_base=bool(storages & self.weights) and name in _PRODUCTS)
+        launch = Launch(f"aten.{name}", is_base=bool(storages & self.frozen) and name in _PRODUCTS)
         overwrites = mutates and name in _OVERWRITING
+        reads, writes = (launch.own, launch.own) if launch.is_base else (launch.reads, launch.writes)
         for i, t in enumerate(inputs):
             if not (overwrites and i == 0):
-                launch.reads[f"operand {i}"] += _distinct_bytes(t)
+                reads[f"operand {i}"] += _distinct_bytes(t)
         for i, t in enumerate(new):
-            launch.writes[f"result {i}"] += _distinct_bytes(t)
+            writes[f"result {i}"] += _distinct_bytes(t)
         self.traffic.launches.append(launch)
         if launch.is_base and _PRODUCTS[name](args, kwargs):
             self.traffic.c_reads += _distinct_bytes(inputs[0])

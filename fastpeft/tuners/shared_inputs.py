@@ -82,9 +82,9 @@ def _recording() -> tuple[bool, bool]:
 
     A parent that checkpoints a part of itself runs that part again when its forward is over: the part cannot share.
     """
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled(), False
-    return torch.is_grad_enabled(), is_checkpoint(hooks_around())
+    if not torch.is_grad_enabled():  # of many tokens, each of which pays for the look
+        return False, False
+    return True, not torch.compiler.is_compiling() and is_checkpoint(hooks_around())
 
 
 def _without_checks(function: Callable[..., None], *args: Any) -> None:

@@ -8,9 +8,9 @@ size.
 
 Traffic beyond the LoRA linear's (fastpeft_kernels.lora), 16-bit x, forward + backward, without dropout: the norm reads
 W (2NK), and one pass over dout and the base product writes g · dout (6MN). The low-rank part and g ride on one pass
-over the base product, which takes the place of the C operand. With dropout there are two base products each way; what
-goes into the second ones is written and read as well: drop(x) and x - c drop(x) (6MK + 4MK), the masked part of dx
-(8MK).
+over the base product, which takes the place of the C operand. With dropout there are two base products each way, whose
+second inputs and C operands are written and read as well: drop(x) and x - c drop(x) (6MK), out (2MN), the masked part
+of dx (6MK). gpu/dora.py has the sum.
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
 """Dropout whose mask is kept at one bit an element: arXiv:1207.0580.
 
 `draw_mask` is the only op of this package that draws random numbers, and is tagged as seeded, so that activation
-checkpointing and the compiler's recomputation give it the same bits twice. Everything that takes a mask is exact.
+checkpointing and the compiler's recomputation give it the same bits twice. Where nothing is compiled, `fresh_mask`
+leaves the drawing to the Triton kernel that passes over x first. Everything that takes a drawn mask is exact.
 
 Traffic for an M x K tensor: drawing writes MK/8 bytes; forward and backward each read MK/8 and move x once.
 """
@@ -14,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference
 from fastpeft_kernels.dispatch import use_triton
+from fastpeft_kernels.masks import KEEP_LEVELS, Draw, begin_draw, keep_level, mask_words
+from fastpeft_kernels.masks import draw_mask as draw_in_torch
 
 
 def check_probability(p: float) -> None:
@@ -23,7 +26,7 @@ def check_probability(p: float) -> None:
 
 def dropout_scale(p: float) -> float:
     """What kept elements are multiplied by: 1 / (probability to keep), so that the expectation is exact."""
-    return reference.KEEP_LEVELS / reference.keep_level(p)
+    return KEEP_LEVELS / keep_level(p)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -66,12 +69,12 @@ def _run_draw_mask(x: Tensor, p: float, copies: int) -> Tensor:
         from fastpeft_kernels.gpu import dropout as gpu  # triton is imported when first needed
 
         return gpu.draw_mask(copies * M, K, p, x.device)
-    return reference.draw_mask(copies * M, K, p, x.device)
+    return draw_in_torch(copies * M, K, p, x.device)
 
 
 @_draw_mask.register_fake
 def _(x: Tensor, p: float, copies: int) -> Tensor:
-    return x.new_empty((copies * x.shape[0], reference.mask_words(x.shape[1])), dtype=torch.int32)
+    return x.new_empty((copies * x.shape[0], mask_words(x.shape[1])), dtype=torch.int32)
 
 
 def draw_mask(x: Tensor, p: float, copies: int = 1) -> Tensor:
@@ -80,6 +83,17 @@ def draw_mask(x: Tensor, p: float, copies: int = 1) -> Tensor:
     Bit j of word w is column 32 w + j; a 1 keeps. Only shape and device of x are read.
     """
     return _draw_mask(x, p, copies) if torch.compiler.is_compiling() else _run_draw_mask(x, p, copies)
+
+
+def fresh_mask(x: Tensor, p: float, other: Tensor | None = None) -> Tensor | Draw:
+    """`draw_mask` for an op whose own first pass over x can draw: in eager Triton it is left to that kernel.
+
+    Args:
+        other: the op's second input of a dtype of its own, as of `use_triton`.
+    """
+    if torch.compiler.is_compiling() or not use_triton(x, other):
+        return draw_mask(x, p)
+    return begin_draw(x.shape[0], x.shape[1], p, x.device)
 
 
 @torch.library.custom_op("fastpeft::dropout", mutates_args=())

@@ -5,7 +5,8 @@ Kept for backward: x by reference, S = s · drop(x) Aᵀ (M x r), and one bit an
 
 Traffic beyond the frozen linear, 16-bit x, forward + backward: S reads x (2MK), the low-rank part is the C operand of
 the base product (4MN), dS and dB read dout (2MN), dA reads x (2MK), dx's low-rank part is a C operand again (4MK):
-8MK + 6MN, and MK/8 for each of draw, S, and dA with dx. With our own product, which has no C operand: 4MK + 2MN.
+8MK + 6MN, and MK/8 for drawing the mask with S and for reading it with dA and dx (compiled code draws it by itself:
+MK/8 more). With our own product, which has no C operand: 4MK + 2MN.
 """
 
 from typing import Any
@@ -16,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference
 from fastpeft_kernels.dispatch import check_torch_product, current_product, no_autocast, use_triton
-from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
+from fastpeft_kernels.dropout import check_probability, dropout_scale, fresh_mask
 from fastpeft_kernels.low_rank import FEW_ROWS
+from fastpeft_kernels.masks import Draw, written
 
 
 def lora_linear(
@@ -84,7 +86,7 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     if out.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"out and x need the same rows; got out {tuple(out.shape)} and x {tuple(x.shape)}")
     rows, base = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
-    mask, scale = _mask_and_scale(rows, scaling, dropout_p)
+    mask, scale = _mask_and_scale(rows, scaling, dropout_p, out)
     inputs = (base, rows, lora_A, lora_B, mask, scale)
     result: Tensor
     if torch.compiler.is_compiling():
@@ -132,23 +134,25 @@ def _check_pair(x: Tensor, A: Tensor, B: Tensor, N: int) -> None:
         raise ValueError(f"lora_A and lora_B must both be float32 or x's dtype {x.dtype}; got {A.dtype} and {B.dtype}")
 
 
-def _mask_and_scale(rows: Tensor, scaling: float, p: float) -> tuple[Tensor | None, float]:
+def _mask_and_scale(
+    rows: Tensor, scaling: float, p: float, other: Tensor | None = None
+) -> tuple[Tensor | Draw | None, float]:
     check_probability(p)
-    return (None, scaling) if p == 0.0 else (draw_mask(rows, p), scaling * dropout_scale(p))
+    return (None, scaling) if p == 0.0 else (fresh_mask(rows, p, other), scaling * dropout_scale(p))
 
 
 # lora_linear: what runs, the op for the compiler, the function for eager.
 
 
 def _run_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, scale: float
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | Draw | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     if use_triton(x):
         from fastpeft_kernels.gpu import lora as gpu  # triton is imported when first needed
 
         return gpu.lora_linear(x, W, bias, A, B, mask, scale)
     check_torch_product()
-    return reference.lora_linear(x, W, bias, A, B, mask, scale)
+    return reference.lora_linear(x, W, bias, A, B, written(mask), scale)
 
 
 def _run_linear_backward(
@@ -171,7 +175,13 @@ def _run_linear_backward(
         return reference.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx)
 
 
-_lora_linear = torch.library.custom_op("fastpeft::lora_linear", _run_linear, mutates_args=())
+@torch.library.custom_op("fastpeft::lora_linear", mutates_args=())
+def _lora_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _run_linear(x, W, bias, A, B, mask, scale)
+
+
 _lora_linear_backward = torch.library.custom_op("fastpeft::lora_linear_backward", _run_linear_backward, mutates_args=())
 
 
@@ -199,7 +209,7 @@ def _(
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, W, _, A, B, mask, scale = inputs
-    ctx.save_for_backward(x, W, A, B, output[1], mask)
+    ctx.save_for_backward(x, W, A, B, output[1], written(mask))
     ctx.scale = scale
 
 
@@ -235,12 +245,14 @@ class _LoraLinear(torch.autograd.Function):
 # lora_add: the same three.
 
 
-def _run_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _run_add(
+    out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | Draw | None, scale: float
+) -> tuple[Tensor, Tensor]:
     if use_triton(x, out):
         from fastpeft_kernels.gpu import lora as gpu
 
         return gpu.lora_add(out, x, A, B, mask, scale)
-    return reference.lora_add(out, x, A, B, mask, scale)
+    return reference.lora_add(out, x, A, B, written(mask), scale)
 
 
 def _run_add_backward(
@@ -254,7 +266,11 @@ def _run_add_backward(
         return reference.lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
 
 
-_lora_add = torch.library.custom_op("fastpeft::lora_add", _run_add, mutates_args=())
+@torch.library.custom_op("fastpeft::lora_add", mutates_args=())
+def _lora_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _run_add(out, x, A, B, mask, scale)
+
+
 _lora_add_backward = torch.library.custom_op("fastpeft::lora_add_backward", _run_add_backward, mutates_args=())
 
 
@@ -272,7 +288,7 @@ def _(
 
 def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, x, A, B, mask, scale = inputs
-    ctx.save_for_backward(x, A, B, output[1], mask)
+    ctx.save_for_backward(x, A, B, output[1], written(mask))
     ctx.scale = scale
 
 

@@ -1,6 +1,7 @@
 """Dropout masks of one bit an element, in plain torch: bit j of word w is column 32 w + j, a 1 keeps."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,25 @@ def draw_mask(M: int, K: int, p: float, device: torch.device) -> Tensor:
         word.random_(-(1 << 63), None)
         acc = acc.bitwise_or_(word) if level >> digit & 1 else acc.bitwise_and_(word)
     return acc.view(torch.int32)[:words].view(M, mask_words(K))
+
+
+class Draw(NamedTuple):
+    """A mask that is yet to be drawn: the kernel of the first pass over x draws it, the same bits as gpu/dropout.py."""
+
+    mask: Tensor  # (M, ⌈K / 32⌉) int32, contiguous: where to
+    seed: Tensor  # (1,) int64
+    level: int  # probability to keep, in units of 1 / KEEP_LEVELS
+
+
+def written(mask: Tensor | Draw | None) -> Tensor | None:
+    """The mask's tensor, once the pass that draws it has run."""
+    return mask.mask if isinstance(mask, Draw) else mask
+
+
+def begin_draw(M: int, K: int, p: float, device: torch.device) -> Draw:
+    """The seed comes from torch's generator on the device: no host sync, right under CUDA graphs and checkpointing."""
+    mask = torch.empty((M, mask_words(K)), dtype=torch.int32, device=device)
+    return Draw(mask, torch.empty(1, dtype=torch.int64, device=device).random_(), keep_level(p))
 
 
 def _byte_lanes(itemsize: int, device: torch.device) -> Tensor:

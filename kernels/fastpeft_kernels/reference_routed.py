@@ -149,7 +149,7 @@ def shrink_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """(dx, [dA_j]); dx is empty, of shape (0,), where it is not needed."""
     if weights is not None:
-        dS = dS * weights.unsqueeze(2)
+        dS = (dS * weights.unsqueeze(2)).to(dS.dtype)
     passes = _passes(rows, starts)
     slots = _even(passes, x, factors, 0)
     if slots is not None:
@@ -168,7 +168,8 @@ def shrink_backward(
             dS_part = dS_lines[segment.begin : segment.end, : len(A)] * scales[segment.slot]
             dAs[segment.slot] = _sum(dAs[segment.slot], low_rank.outer(part, dS_part, bits))
             if dx_part is not None:
-                taken.give_back_(dx, segment, add_dx_(dx_part, dS_part, A, bits))
+                dtype = torch.promote_types(dx.dtype, A.dtype) if len(rows) > 1 else A.dtype
+                taken.give_back_(dx, segment, add_dx_(dx_part, dS_part.to(dtype), A.to(dtype), bits))
     return dx.to(x.dtype), [A.new_zeros(A.shape) if dA is None else dA for A, dA in zip(factors, dAs, strict=True)]
 
 
@@ -293,7 +294,7 @@ def gather_backward(
 ) -> list[Tensor]:
     """[dA_j]."""
     if weights is not None:
-        dS = dS * weights.unsqueeze(2)
+        dS = (dS * weights.unsqueeze(2)).to(dS.dtype)
     dAs = [A.new_zeros(A.shape) for A in factors]
     for dS_lines, taken in zip(dS, _passes(rows, starts), strict=True):
         for segment, part in zip(taken.segments, taken.take(ids), strict=True):

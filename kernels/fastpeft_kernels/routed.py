@@ -124,11 +124,13 @@ def lora_routed(
     starts: Tensor,
     weights: Tensor | None = None,
     mask: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """The LoRA part of any layer, added onto its base's output: `expand_routed` of `shrink_routed`, in one op where no
     gradient is recorded.
 
     Args and errors are theirs: base (M, N), x (M, K), As (r_j, K) and Bs (N, r_j) of one dtype.
+        overwrite: base, contiguous, is the op's to change where no gradient is recorded: it saves a copy on a CPU.
 
     Returns:
         (M, N) in base's dtype, contiguous. Differentiable in base, x and every factor, once.
@@ -150,8 +152,8 @@ def lora_routed(
             f"As and Bs must fit each other slot by slot; got ranks {ranks[0]} of {As[0].dtype} and {ranks[1]} of "
             f"{Bs[0].dtype}"
         )
-    run = _lora_routed if torch.compiler.is_compiling() else _run_lora
-    out: Tensor = run(base, x, As, Bs, scales, rows, starts, weights, mask)
+    inputs = (base, x, As, Bs, scales, rows, starts, weights, mask)
+    out: Tensor = _lora_routed(*inputs) if torch.compiler.is_compiling() else _run_lora(*inputs, overwrite)
     return out
 
 
@@ -167,11 +169,12 @@ def _run_shrink(
     weights: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    if use_triton(x, factors[0]):
-        from fastpeft_kernels.gpu import routed as gpu  # triton is imported when first needed
+    with no_autocast(x):
+        if use_triton(x, factors[0]):
+            from fastpeft_kernels.gpu import routed as gpu  # triton is imported when first needed
 
-        return gpu.shrink(x, factors, scales, rows, starts, weights, mask)
-    return reference.shrink(x, factors, scales, rows, starts, weights, mask)
+            return gpu.shrink(x, factors, scales, rows, starts, weights, mask)
+        return reference.shrink(x, factors, scales, rows, starts, weights, mask)
 
 
 def _run_shrink_backward(
@@ -280,11 +283,12 @@ class _ShrinkRouted(torch.autograd.Function):
 
 
 def _run_expand(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor) -> Tensor:
-    if use_triton(base, S):
-        from fastpeft_kernels.gpu import routed as gpu
+    with no_autocast(base):
+        if use_triton(base, S):
+            from fastpeft_kernels.gpu import routed as gpu
 
-        return gpu.expand(base, S, factors, rows, starts)
-    return reference.expand(base, S, factors, rows, starts)
+            return gpu.expand(base, S, factors, rows, starts)
+        return reference.expand(base, S, factors, rows, starts)
 
 
 def _run_expand_backward(
@@ -364,14 +368,15 @@ def _run_lora(
     starts: Tensor,
     weights: Tensor | None,
     mask: Tensor | None,
+    overwrite: bool = False,
 ) -> Tensor:
-    if use_triton(base, As[0]):
-        from fastpeft_kernels.gpu import routed as gpu
+    with no_autocast(base):
+        if use_triton(base, As[0]):
+            from fastpeft_kernels.gpu import routed as gpu
 
-        return gpu.lora(base, x, As, Bs, scales, rows, starts, weights, mask)
-    return reference.lora_(
-        base.clone(memory_format=torch.contiguous_format), x, As, Bs, scales, rows, starts, weights, mask
-    )
+            return gpu.lora(base, x, As, Bs, scales, rows, starts, weights, mask)
+        out = base if overwrite else base.clone(memory_format=torch.contiguous_format)
+        return reference.lora_(out, x, As, Bs, scales, rows, starts, weights, mask)
 
 
 @torch.library.custom_op("fastpeft::lora_routed", mutates_args=(), tags=UNSAFE_TAGS)

@@ -129,11 +129,12 @@ def _run_gather(
     starts: Tensor,
     weights: Tensor | None,
 ) -> Tensor:
-    if use_triton(ids, factors[0]):
-        from fastpeft_kernels.gpu import routed_columns as gpu  # triton is imported when first needed
+    with no_autocast(factors[0]):
+        if use_triton(ids, factors[0]):
+            from fastpeft_kernels.gpu import routed_columns as gpu  # triton is imported when first needed
 
-        return gpu.gather(ids, factors, scales, rows, starts, weights)
-    return reference.gather(ids, factors, scales, rows, starts, weights)
+            return gpu.gather(ids, factors, scales, rows, starts, weights)
+        return reference.gather(ids, factors, scales, rows, starts, weights)
 
 
 def _run_gather_backward(
@@ -239,11 +240,12 @@ def _run_scale(
     weights: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    if use_triton(y, _first(vectors)):
-        from fastpeft_kernels.gpu import routed_columns as gpu
+    with no_autocast(y):
+        if use_triton(y, _first(vectors)):
+            from fastpeft_kernels.gpu import routed_columns as gpu
 
-        return gpu.scale(y, vectors, rows, starts, weights, bias)
-    return reference.scale(y, _flat(vectors), rows, starts, weights, bias)
+            return gpu.scale(y, vectors, rows, starts, weights, bias)
+        return reference.scale(y, _flat(vectors), rows, starts, weights, bias)
 
 
 def _run_scale_backward(

@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
-Kernel = Literal["shrink", "expand", "outer", "output_pass", "input_pass"]
+Kernel = Literal["shrink", "drawing_shrink", "expand", "outer", "output_pass", "input_pass"]
 GroupKernel = Literal["shrink", "input_pass"]
+RoutedKernel = Literal["shrink", "expand", "outer"]
 Units = Literal["bf16", "tf32"]
 
 
@@ -41,6 +42,11 @@ TILES: dict[Kernel, dict[int, Tile]] = {
         32: Tile(64, 64, 32, 8, 2),
         64: Tile(64, 32, 64, 8, 2),
     },
+    "drawing_shrink": {  # as many words of the mask as threads, or nearly: more threads would draw the same words
+        16: Tile(64, 64, 16, 4, 2),
+        32: Tile(128, 32, 32, 8, 2),
+        64: Tile(128, 32, 64, 8, 2),
+    },
     "expand": {
         16: Tile(64, 128, 16, 8, 1),
         32: Tile(64, 64, 32, 8, 2),
@@ -55,8 +61,8 @@ TILES: dict[Kernel, dict[int, Tile]] = {
 
 # Kernels that do the work of two in one pass, where rows are contiguous and the whole rank is one block. What has no
 # entry runs as two kernels. The output pass pays where its planes of dS, 8Mr bytes for every BLOCK_C columns, cost less
-# than the second read of dout that it saves, 2MN in 16 bits: BLOCK_C > 4r. No tile of r = 32 is that wide and spills
-# nothing.
+# than the second read of dout that it saves, 2MN in 16 bits: BLOCK_C > 4r. For ranks over 16 none is
+# listed: gpu/_lora_backward.py says why.
 FUSED_TILES: dict[Kernel, dict[Units, dict[int, Tile]]] = {
     "output_pass": {
         "bf16": {16: Tile(64, 128, 16, 4, 2)},
@@ -93,6 +99,15 @@ GROUP_TILES: dict[GroupKernel, dict[Units, dict[int, GroupTile]]] = {
     },
 }
 
+# Kernels of routed batches, by whether rows are few (decoding) or many. Every slot's rank is gone through in blocks of
+# BLOCK_R, whatever the ranks are: a row's bits must not depend on the others' adapters.
+ROUTED_TILES: dict[RoutedKernel, dict[Literal["few", "many"], Tile]] = {
+    "shrink": {"few": Tile(16, 64, 16, 4, 4), "many": Tile(64, 32, 32, 8, 2)},
+    "expand": {"few": Tile(16, 128, 16, 4, 1), "many": Tile(64, 128, 16, 8, 1)},
+    "outer": {"few": Tile(32, 64, 16, 8, 2), "many": Tile(32, 64, 16, 8, 2)},
+}
+FEW_ROUTED_ROWS = 1024  # from which on they are many
+
 ROWS_PER_PLANE = 512  # the fewest rows that one fp32 plane of a split reduction over M sums
 PROGRAMS = 512  # with that many the largest GPU is busy: more planes than it takes to get there only cost bytes
 SPLIT_K_BELOW = 64  # programs: with fewer, shrink splits K as well
@@ -123,6 +138,11 @@ def group_tile(kernel: GroupKernel, wide: torch.dtype, narrow: torch.dtype, larg
     """The tile of a kernel that serves a group in one pass; None where each member takes a pass of its own."""
     found = GROUP_TILES[kernel][units(wide, narrow)].get(rank_class(largest_rank))
     return found if found and largest_rank <= found.BLOCK_R else None
+
+
+def routed_tile(kernel: RoutedKernel, M: int) -> Tile:
+    """The tile of a batch of M rows, whatever they carry."""
+    return ROUTED_TILES[kernel]["few" if M < FEW_ROUTED_ROWS else "many"]
 
 
 def group_launches(members: int, most: int) -> list[slice]:

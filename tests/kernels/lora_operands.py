@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpeft_kernels import backend
+from fastpeft_kernels.dropout import draw_mask
+from fastpeft_kernels.masks import apply_mask
+
 BACKENDS = ["torch", "triton"]
 SHAPES = [(1, 1, 1, 1), (7, 33, 65, 4), (130, 200, 96, 16), (5, 64, 40, 80)]  # M, K, N, r
 DTYPES = [
@@ -48,6 +52,15 @@ def run(op: Callable[..., Tensor], inputs: tuple[Any, ...], dout: Tensor) -> dic
     out.backward(dout.to(out.dtype))
     grads = {f"grad {i}": t.grad for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad}
     return {"out": out.detach(), **grads}
+
+
+def known_mask(x: Tensor, p: float, path: str) -> Tensor:
+    """What the next op on x keeps, (M, K) of 1.0 or 0.0: drawn by `draw_mask`, and the generator put back."""
+    with backend(path):
+        torch.manual_seed(5)
+        mask = draw_mask(x, p)
+        torch.manual_seed(5)
+    return apply_mask(torch.ones(x.shape, device=x.device), mask)
 
 
 def operands(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype], device: str) -> dict[str, Any]:

@@ -6,9 +6,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_operands import BACKENDS, DTYPES, LAYOUTS, SHAPES, eager_add, eager_linear, leaves, operands, run
+from lora_operands import (
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    eager_add,
+    eager_linear,
+    known_mask,
+    leaves,
+    operands,
+    run,
+)
 from numerics import assert_as_close_as_torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastpeft_kernels import backend, dropout, lora, lora_add, lora_linear, low_rank, reference
 
@@ -108,16 +120,29 @@ def test_no_rows(name, path, device):
 
 
 @pytest.mark.parametrize("path", BACKENDS)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", OPS)
+def test_a_checkpoint_draws_the_same_mask_again(name, reentrant, path, device):
+    op, _, pick = OPS[name]
+    t = operands((66, 70, 36, 8), DTYPES[1], device)
+    inputs, dout = pick(t), t["dout"]
+    with backend(path):
+        torch.manual_seed(7)
+        ours = run(lambda *args: checkpoint(op, *args, 0.4, use_reentrant=reentrant), leaves(inputs), dout)
+        torch.manual_seed(7)
+        expected = run(op, (*leaves(inputs), 0.4), dout)
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("path", BACKENDS)
 @pytest.mark.parametrize("dtypes", DTYPES[:4], ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_dropout_uses_one_mask_in_forward_and_backward(name, path, dtypes, device, monkeypatch):
+def test_dropout_uses_one_mask_in_forward_and_backward(name, path, dtypes, device):
     """With the mask known, output and gradients are those of eager torch with that mask."""
     op, _, pick = OPS[name]
     t = operands((66, 70, 36, 8), dtypes, device)
-    mask = reference.draw_mask(66, 70, 0.4, torch.device(device))
-    keep = reference.apply_mask(torch.ones(66, 70, device=device), mask)
+    keep = known_mask(t["x"], 0.4, path)
     assert 0.5 < keep.mean() < 0.7
-    monkeypatch.setattr(lora, "draw_mask", lambda x, p: mask)
     inputs, dout, at = pick(t), t["dout"], 0 if name == "linear" else 1
 
     def masked(*args: Any) -> Tensor:  # as eager_op, with drop(x) on the low-rank path only

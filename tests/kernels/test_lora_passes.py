@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from fastpeft_kernels import reference
+from fastpeft_kernels import masks, reference
 from fastpeft_kernels.dispatch import interpreting
 from fastpeft_kernels.gpu._lora_backward import input_pass, outer, output_pass
 from fastpeft_kernels.gpu._lora_forward import expand_planes, shrink, shrink_planes
 from fastpeft_kernels.gpu._planes import sum_planes
+from fastpeft_kernels.gpu.dropout import draw_mask
+from fastpeft_kernels.masks import begin_draw
 from fastpeft_kernels.tiles import PROGRAMS, ROWS_PER_PLANE, fused_tile, row_bands
 
 DTYPES = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
@@ -55,6 +57,20 @@ def test_input_pass(dtypes, r, masked, device):
     (dA,) = sum_planes(planes, dtype=narrow)
     close(dA, dS.double().t() @ (x.double() * keep))
     close(outer(x, dS, mask), dA.double())
+
+
+@pytest.mark.parametrize("p", [0.3, 1e-9])
+@pytest.mark.parametrize(("M", "K", "r"), [(7, 33, 4), (130, 96, 24), (65, 700, 80)])
+def test_a_mask_drawn_on_the_way_is_the_one_drawn_alone(M, K, r, p, device):
+    """Whatever the tile, the splits of K and the blocks of the rank."""
+    x, A = torch.randn(M, K, device=device).bfloat16(), torch.randn(r, K, device=device)
+    torch.manual_seed(5)
+    alone = draw_mask(M, K, p, x.device)
+    torch.manual_seed(5)
+    draw = begin_draw(M, K, p, x.device)
+    S = shrink(x, A, draw, 0.5)
+    assert torch.equal(draw.mask, alone)
+    close(S, 0.5 * masks.apply_mask(x, alone).double() @ A.double().t())
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

@@ -17,7 +17,8 @@ def _scale_kernel(x_ptr, y_ptr, scale_ptr, total_ptr, n, stride, BLOCK: tl.const
     x = tl.load(x_ptr + offs * stride, mask=offs < n, other=0.0)
     scale = tl.load(scale_ptr)
     again = tl.load(scale_ptr + offs * 0, mask=offs < n, other=0.0)  # one element, however many lanes ask for it
-    tl.store(y_ptr + offs, (x * scale * again).to(y_ptr.dtype.element_ty), mask=offs < n)
+    inside = (offs < n) & (tl.program_id(1) == 0)  # in the interpreter an integer, not a bool
+    tl.store(y_ptr + offs, (x * scale * again).to(y_ptr.dtype.element_ty), mask=inside)
     tl.atomic_add(total_ptr, tl.sum(x))
 
 

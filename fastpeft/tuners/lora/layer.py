@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpeft.routing import as_routing, routing_for
 from fastpeft.tuners.bases import Base, base_for
+from fastpeft.tuners.lora.few import forward_of_few
 from fastpeft.tuners.lora.fused import fused_forward
 from fastpeft.tuners.lora.routed import routed_forward
 from fastpeft.tuners.lora.variants import LoraVariant, variant_for
@@ -257,11 +258,12 @@ class LoraLayer(nn.Module, BaseTunerLayer):
             return routed_forward(self, routing, x, *args, **kwargs)
         if self._disable_adapters and self.merged:
             self.unmerge()
+        plain_call = not args and not kwargs
+        if plain_call and (out := forward_of_few(self, x)) is not None:
+            return out
         adapters = self.adapters_to_apply()
-        if adapters and not args and not kwargs:
-            out = fused_forward(self, adapters, x)
-            if out is not None:
-                return out
+        if plain_call and adapters and (out := fused_forward(self, adapters, x)) is not None:
+            return out
         return self._add(self.base_layer(x, *args, **kwargs), x, adapters)
 
     def adapters_to_apply(self) -> list[str]:

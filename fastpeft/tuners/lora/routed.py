@@ -44,7 +44,8 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     readable = _adapters_for_ops(layer, names, x, base)
     dtypes = {adapter.A.dtype for adapter in readable}
     if len(readable) == len(names) and len(dtypes) == 1:
-        return _add_together(layer, readable, tables, base, x)
+        ours = not torch.is_grad_enabled() and not isinstance(base_parts(layer), str)  # nobody else has seen the output
+        return _add_together(layer, readable, tables, base, x, overwrite=ours)
     out = base
     for dtype in dtypes:
         group = [adapter for adapter in readable if adapter.A.dtype == dtype]
@@ -82,8 +83,15 @@ def _embedding_adapter(layer: Any, name: str, _: torch.dtype) -> _Adapter | None
     return _Adapter(name, A, B, 0.0) if plain and A.dtype == B.dtype and not special and not padded else None
 
 
-def _add_together(layer: Any, adapters: Sequence[_Adapter], tables: RoutingTables, out: Tensor, x: Tensor) -> Tensor:
-    """out with these adapters, by the routed ops."""
+def _add_together(
+    layer: Any,
+    adapters: Sequence[_Adapter],
+    tables: RoutingTables,
+    out: Tensor,
+    x: Tensor,
+    overwrite: bool = False,
+) -> Tensor:
+    """out with these adapters, by the routed ops; `overwrite`: they may change out itself."""
     names, As, Bs, ps = (list(parts) for parts in zip(*adapters, strict=True))
     flat = out.reshape(-1, out.shape[-1])
     scales = [layer.scaling[name] for name in names]
@@ -97,7 +105,7 @@ def _add_together(layer: Any, adapters: Sequence[_Adapter], tables: RoutingTable
     x = x.reshape(-1, x.shape[-1])
     if any(ps):
         return _add_with_dropout(flat, x, As, Bs, scales, ps, tables).view(out.shape)
-    return lora_routed(flat, x, As, Bs, scales, *tables).view(out.shape)
+    return lora_routed(flat, x, As, Bs, scales, *tables, overwrite=overwrite).view(out.shape)
 
 
 def _with_magnitudes(

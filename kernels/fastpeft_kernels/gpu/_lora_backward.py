@@ -12,6 +12,13 @@ the output pass, 8r MK / R of dA in the input pass. With whole rows in one progr
 band can be no longer than a block of registers (R = 64) and dB costs 8r MN / 64; with the strip alone, dS costs
 8r MN / C once and R is as long as the GPU can do with. At M = 8192, K = N = 4096, r = 16 (C = 128, R = 512) that is
 34 + 8 MB, and 8 MB or less for dA, beside the 470 MB of 8MK + 6MN: 11 %.
+
+Ranks over 16 read dout twice, by shrink and by outer: 8MK + 8MN (tests/kernels/test_budget.py). One pass saves 2MN and
+costs 8r MN / C of planes, so it takes strips of more than 4r columns. At r = 32 and C = 256 it would move 1MN less, 6 %
+at K = N. Such a kernel, 64 x 256 with 8 warps, compiles without spills for 9.0 and 10.0 (250 registers), and spills on
+8.0. But with fp32 adapters its six bf16 products are 384 FLOP for each element of dout: on an H200 (790 TFLOP/s, 4.3
+TB/s) it would have to run at 70 % of the dense rate to be even with the two passes. At r = 64, C = 512 spills
+everywhere (16 warps: 870 local loads and stores on 9.0), and C = 256 moves as much as the second read.
 """
 
 import torch

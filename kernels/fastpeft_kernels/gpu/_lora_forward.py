@@ -1,6 +1,6 @@
 """Kernels of fastpeft_kernels.lora that make an M-sized output or S: both passes of the forward.
 
-shrink   S = scale · drop(x) Aᵀ      one pass over x; few rows split K over planes of partial sums
+shrink   S = scale · drop(x) Aᵀ      one pass over x, drawing the mask or reading it; few rows split K over planes
 expand   out = base + drop(S Bᵀ)     one pass over out; sums the planes of S where there are any
 """
 
@@ -11,15 +11,18 @@ from torch import Tensor
 
 from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, round_to
 from fastpeft_kernels.gpu._planes import sum_planes
+from fastpeft_kernels.gpu.dropout import drawn
+from fastpeft_kernels.masks import Draw, written
 from fastpeft_kernels.tiles import MOST_SPLITS, SPLIT_K_BELOW, Tile, tile
 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptr, mask_ptr, s_ptr,  # (M, K), (r, K), (M, ⌈K / 32⌉), (splits, M, r)
-    M, K, r, k_per_split, scale,
+    x_ptr, a_ptr, mask_ptr, seed_ptr, s_ptr,  # (M, K), (r, K), (M, ⌈K / 32⌉), (1,) int64, (splits, M, r)
+    M, K, r, k_per_split, level, scale,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_mask,
-    HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_MASK: tl.constexpr, DRAWS: tl.constexpr,  # DRAWS: the mask is drawn here and written
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -27,11 +30,19 @@ def _shrink_kernel(
     mask_m, mask_r = (offs_m < M)[:, None], offs_r < r
     end = tl.minimum(K, (split + 1) * k_per_split)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if DRAWS:
+        seed = tl.load(seed_ptr)
     for start in range(split * k_per_split, end, BLOCK_C):
         offs_k = start + tl.arange(0, BLOCK_C)
         inside = mask_m & (offs_k < end)[None, :]
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=inside, other=0.0)
-        if HAS_MASK:
+        if DRAWS:
+            bits = drawn(
+                mask_ptr, stride_mask, seed, level, offs_m, start, mask_m, end, tl.program_id(2) == 0,
+                BLOCK_M, BLOCK_C,
+            )  # fmt: skip
+            x = tl.where(bits, x, tl.zeros_like(x))
+        elif HAS_MASK:
             x = keep(x, mask_ptr, stride_mask, offs_m, offs_k, inside)
         a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak
         a = tl.load(a_ptrs, mask=mask_r[None, :] & (offs_k < end)[:, None], other=0.0)  # (BLOCK_C, BLOCK_R)
@@ -48,26 +59,28 @@ def split_columns(M: int, K: int, t: Tile) -> tuple[int, int, int]:
     return row_blocks, triton.cdiv(K, k_per_split), k_per_split
 
 
-def shrink_planes(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def shrink_planes(x: Tensor, A: Tensor, mask: Tensor | Draw | None, scale: float) -> Tensor:
     """S = scale · drop(x) Aᵀ: (1, M, r) in A's dtype, or fp32 planes (splits, M, r) whose sum is S.
 
-    Few rows split K, so that the whole GPU reads x.
+    Few rows split K, so that the whole GPU reads x. A mask that is yet to be drawn is drawn and written in this pass.
     """
     (M, K), r = x.shape, A.shape[0]
-    t = tile("shrink", r)
+    draws, bits = isinstance(mask, Draw), written(mask)
+    seed, level = mask[1:] if isinstance(mask, Draw) else (x, 0)
+    t = tile("drawing_shrink" if draws else "shrink", r)
     row_blocks, splits, k_per_split = split_columns(M, K, t)
     S = torch.empty((splits, M, r), dtype=A.dtype if splits == 1 else torch.float32, device=x.device)
     if S.numel():
         with torch.cuda.device_of(x):
             _shrink_kernel[(row_blocks, splits, triton.cdiv(r, t.BLOCK_R))](
-                x, A, x if mask is None else mask, S, M, K, r, k_per_split, scale,
-                *x.stride(), *A.stride(), 0 if mask is None else mask.stride(0),
-                mask is not None, t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
+                x, A, x if bits is None else bits, seed, S, M, K, r, k_per_split, level, scale,
+                *x.stride(), *A.stride(), 0 if bits is None else bits.stride(0), bits is not None, draws,
+                t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
             )  # fmt: skip
     return S
 
 
-def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def shrink(x: Tensor, A: Tensor, mask: Tensor | Draw | None, scale: float) -> Tensor:
     """S = scale · drop(x) Aᵀ: (M, r) in A's dtype."""
     return sum_planes(shrink_planes(x, A, mask, scale), dtype=A.dtype)[0]
 

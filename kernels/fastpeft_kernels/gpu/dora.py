@@ -5,7 +5,11 @@
     columns   factor · dout and Σ_m dout · z        one pass over both, planes of partial sums over rows, no atomics
     rest      drop(x) and x - c drop(x)             one pass over x
 
-The base products are the vendor library's, as they are for LoRA.
+The base products are the vendor library's, as they are for LoRA. Bytes beyond them, forward + backward, 16-bit x, ranks
+up to 16, counted in tests/kernels/test_dora_budget.py: 8MK + 12MN + 2NK (shrink reads x; scale reads z and writes out;
+norm reads W; columns reads dout and z and writes the scaled dout; the output pass reads dout; the input pass reads x
+and writes the C operand of dx, which its product reads). With dropout 20MK + 14MN + 2NK, and MK/8 for each of draw,
+rest, input pass and the last mask on dx: each way has a second base product, with a C operand and an input of its own.
 """
 
 from collections.abc import Iterator
@@ -16,9 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft_kernels.gpu._compile import CompileCase
+from fastpeft_kernels.gpu._lora_backward import input_pass, outer_planes, output_pass
+from fastpeft_kernels.gpu._lora_forward import shrink
 from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, round_to
+from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu.dropout import dropout
-from fastpeft_kernels.gpu.lora import expand, outer, shrink
 from fastpeft_kernels.tiles import ROWS_PER_PLANE, SPLIT_K_BELOW, TILES, rank_class, tile
 
 BLOCK_M, BLOCK_C = 16, 128  # elementwise passes: 2048 elements a step, 16 a thread at 4 warps; 32 spill on sm_100
@@ -228,14 +234,15 @@ def dora_linear_backward(
     g = magnitude.float() / norm
     factor = (g * keep_scale).unsqueeze(1)
     scaled, total = column_pass(dout, z, g if mask is None else (g - 1) * keep_scale, need_dx)
-    dS = shrink(dout, (B * factor).to(B.dtype).t(), None, scaling)
-    T = outer(dout, S, None, wide_first=True)  # (N, r)
-    dA, dB = outer(x, dS, mask), (T * factor).to(B.dtype)
+    dS, T_planes = output_pass(dout, (B * factor).to(B.dtype), S, scaling)
+    dx, dA_planes = input_pass(x, dS, A, mask) if need_dx else (x.new_empty(0), outer_planes(x, dS, mask))
+    dA, T = sum_planes(dA_planes, T_planes, dtype=S.dtype)
+    dB = (T * factor).to(B.dtype)
     total += (T.float() * B).sum(1)
     dmagnitude = (total * keep_scale / norm).to(magnitude.dtype)
     if not need_dx:
-        return x.new_empty(0), dA, dB, dmagnitude
-    dx = expand(dS, A.t(), x.dtype).addmm_(scaled, W)
+        return dx, dA, dB, dmagnitude
+    dx.addmm_(scaled, W)
     if mask is not None:
         dx = dropout(dx, mask, 1.0).addmm_(dout, W)
     return dx, dA, dB, dmagnitude

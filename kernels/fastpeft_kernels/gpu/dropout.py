@@ -9,11 +9,28 @@ from torch import Tensor
 
 from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._numerics import keep, round_to
-from fastpeft_kernels.reference import KEEP_LEVELS, keep_level, mask_words
+from fastpeft_kernels.masks import KEEP_LEVELS, begin_draw
 
 BLOCK_WORDS = 256  # 8192 mask bits a program
 BLOCK_M, BLOCK_C = 32, 128
 DIGITS = tl.constexpr(KEEP_LEVELS.bit_length() - 1)
+
+
+@triton.jit
+def draw_words(seed, index, level):
+    """Words number `index` (int64, any shape) of a mask: uint32, each bit 1 with probability level / KEEP_LEVELS.
+
+    Bit-sliced Bernoulli: from the lowest digit of `level` up, a 1 takes acc | random, a 0 acc & random. The counter is
+    the word's index, so that a mask depends on no tile and no kernel; four digits a Philox call.
+    """
+    low, high, zero = index.to(tl.uint32), (index >> 32).to(tl.uint32), (index * 0).to(tl.uint32)
+    acc = zero
+    for quad in tl.static_range(DIGITS // 4):
+        draws = tl.philox(seed, low, high, zero + quad, zero)
+        for lane in tl.static_range(4):
+            digit = (level >> (4 * quad + lane)) & 1
+            acc = tl.where(digit != 0, acc | draws[lane], acc & draws[lane])
+    return tl.where(level >> DIGITS != 0, tl.full(acc.shape, 0xFFFFFFFF, tl.uint32), acc)  # the highest level keeps all
 
 
 @triton.jit
@@ -22,32 +39,34 @@ def _draw_kernel(
     words, level,
     BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Bit-sliced Bernoulli: from the lowest digit of `level` up, a 1 takes acc | random, a 0 acc & random.
-
-    The counter is the word's index, so that the mask does not depend on the block size; four words a Philox call.
-    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-    seed = tl.load(seed_ptr)
-    zero = offs * 0
-    acc = tl.zeros((BLOCK_WORDS,), tl.uint32)
-    for quad in tl.static_range(DIGITS // 4):
-        draws = tl.philox(
-            seed, offs.to(tl.uint32), (offs >> 32).to(tl.uint32), (zero + quad).to(tl.uint32), zero.to(tl.uint32)
-        )
-        for lane in tl.static_range(4):
-            digit = (level >> (4 * quad + lane)) & 1
-            acc = tl.where(digit != 0, acc | draws[lane], acc & draws[lane])
-    tl.store(mask_ptr + offs, acc.to(tl.int32, bitcast=True), mask=offs < words)
+    drawn = draw_words(tl.load(seed_ptr), offs, level)
+    tl.store(mask_ptr + offs, drawn.to(tl.int32, bitcast=True), mask=offs < words)
+
+
+@triton.jit
+def drawn(
+    mask_ptr, stride_mask, seed, level, offs_m, start, inside_m, end, writes,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Where a tile keeps its elements, by words drawn here and, if `writes`, stored: (BLOCK_M, BLOCK_C) bool.
+
+    The tile begins at column `start`, a multiple of 32; the mask is contiguous.
+    """
+    WORDS: tl.constexpr = BLOCK_C // 32
+    place = tl.arange(0, WORDS)[None, :]
+    offs = offs_m[:, None] * stride_mask + start // 32 + place
+    words = draw_words(seed, offs, level).to(tl.int32, bitcast=True)  # (BLOCK_M, WORDS)
+    # An identity: without it the compiler draws every word anew for each of the 32 columns.
+    words = tl.gather(words, tl.broadcast_to(place, (BLOCK_M, WORDS)), 1)
+    tl.store(mask_ptr + offs, words, mask=inside_m & (start + 32 * place < end) & writes)
+    words = tl.broadcast_to(words[:, :, None], (BLOCK_M, WORDS, 32)).reshape(BLOCK_M, BLOCK_C)
+    return (words >> (tl.arange(0, BLOCK_C) % 32)[None, :]) & 1 != 0
 
 
 def draw_mask(M: int, K: int, p: float, device: torch.device) -> Tensor:
-    """The seed comes from torch's generator on the device: no host sync, right under CUDA graphs and checkpointing."""
-    level, words = keep_level(p), M * mask_words(K)
-    if level == KEEP_LEVELS:
-        return torch.full((M, mask_words(K)), -1, dtype=torch.int32, device=device)
-    mask = torch.empty((M, mask_words(K)), dtype=torch.int32, device=device)
-    if words:
-        seed = torch.empty(1, dtype=torch.int64, device=device).random_()
+    mask, seed, level = begin_draw(M, K, p, device)
+    if words := mask.numel():
         with torch.cuda.device_of(mask):
             _draw_kernel[(triton.cdiv(words, BLOCK_WORDS),)](seed, mask, words, level, BLOCK_WORDS)
     return mask

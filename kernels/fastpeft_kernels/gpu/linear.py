@@ -3,8 +3,9 @@
 The alternative to the library's product with the low-rank part as its C operand (gpu/lora.py), which writes and reads
 C, 4MN bytes in the forward and 4MK for dx: here nothing as large as out is touched beside out itself. Bytes beyond the
 base product's own: S, B and the mask (MN/8), which neighbouring tiles find in L2. A LoRA linear keeps its passes over
-x and dout: 4MK + 2MN, forward + backward in 16 bits, where dS and dB share one, and 3MK/8 with dropout. dx takes the
-same kernel: dx = dout W + drop(dS A) is the product of dout with Wᵀ, read where it lies.
+x and dout: 4MK + 2MN, forward + backward in 16 bits, where dS and dB share one, and with dropout 3MK/8, for the mask is
+written once and read by dA and by dx (counted in tests/kernels/test_budget.py). dx takes the same kernel: dx = dout W +
+drop(dS A) is the product of dout with Wᵀ, read where it lies.
 
 The kernel is persistent and loads through the GPU's bulk copy engine (TMA): compute capability 9 and 10, rows that are
 contiguous and 16-byte aligned. The low-rank part is added after the sum over K, slice by slice, by warp-level matrix

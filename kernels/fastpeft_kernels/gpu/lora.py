@@ -4,9 +4,11 @@ The base products are the vendor library's: the low-rank part is written first, 
 accumulates onto it (beta = 1), so that reading C hides in its epilogue. Or they are our own, with the low-rank part in
 the epilogue (gpu/linear.py) and 4MK + 2MN bytes in all: tiles.py says where.
 
-Launches beside the base product, no dropout: shrink and expand forward; output pass, sum of dS's planes, input pass,
-sum of the planes of dA and dB backward. Bytes, forward + backward, 16-bit x: 8MK + 6MN, 3MK/8 more with dropout, and
-planes (tests/kernels/test_budget.py). Ranks over 16 read dout twice (8MN), at no more bytes than the planes would take.
+Launches beside the base product: shrink and expand forward, and with dropout one that draws a seed; output pass, sum of
+dS's planes, input pass, sum of the planes of dA and dB backward. Bytes, forward + backward, 16-bit x: 8MK + 6MN, and
+planes (tests/kernels/test_budget.py); with dropout MK/8 more where shrink draws the mask and writes it, and MK/8 where
+the input pass reads it. Compiled code draws by an op of its own: a launch and MK/8 more. Ranks over 16 read dout twice
+(8MN in all): _lora_backward.py says why.
 """
 
 from collections.abc import Iterator
@@ -23,13 +25,14 @@ from fastpeft_kernels.gpu._lora_backward import input_pass, outer, outer_planes,
 from fastpeft_kernels.gpu._lora_forward import expand, expand_planes, shrink, shrink_planes
 from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu.linear import linear, takes_product
+from fastpeft_kernels.masks import Draw
 from fastpeft_kernels.tiles import FUSED_TILES, TILES, Kernel, Tile, units
 
 __all__ = ["expand", "lora_add", "lora_add_backward", "lora_linear", "lora_linear_backward", "outer", "shrink"]
 
 
 def lora_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | None, scale: float
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, mask: Tensor | Draw | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     if takes_product(x, W, B):
         S = shrink(x, A, mask, scale)
@@ -57,7 +60,9 @@ def lora_linear_backward(
     return linear(dout, W.t(), None, dS, A.t(), mask), dA, dB
 
 
-def lora_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def lora_add(
+    out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | Draw | None, scale: float
+) -> tuple[Tensor, Tensor]:
     return expand_planes(shrink_planes(x, A, mask, scale), B, out.dtype, base=out)
 
 
@@ -91,12 +96,14 @@ def _cases(
     pointers = {
         "x_ptr": wide, "base_ptr": wide, "out_ptr": wide, "bias_ptr": wide, "dout_ptr": wide, "dx_ptr": wide,
         "mask_ptr": "i32", "a_ptr": narrow, "b_ptr": narrow, "s_ptr": narrow, "total_ptr": narrow,
-        "plane_ptr": "fp32", "ds_ptr": "fp32", "db_ptr": "fp32",
+        "plane_ptr": "fp32", "ds_ptr": "fp32", "db_ptr": "fp32", "seed_ptr": "i64",
     }  # fmt: skip
     flags = [name for name in fn.arg_names if name.startswith("HAS_")]
     for t in tiles.values():
         constexprs: dict[str, object] = {"BLOCK_M": t.BLOCK_M, "BLOCK_C": t.BLOCK_C, "BLOCK_R": t.BLOCK_R}
         constexprs |= dict.fromkeys(flags, masked)
+        if "DRAWS" in fn.arg_names:
+            constexprs["DRAWS"] = kernel == "drawing_shrink"
         if "HAS_PLANES" in flags:
             constexprs["HAS_PLANES"] = not masked  # S of one plane has the narrow type, planes are fp32
             pointers["s_ptr"] = narrow if masked else "fp32"
@@ -113,6 +120,7 @@ def _cases(
 def compile_cases() -> Iterator[CompileCase]:
     kernels: dict[Kernel, triton.JITFunction] = {
         "shrink": _lora_forward._shrink_kernel,
+        "drawing_shrink": _lora_forward._shrink_kernel,
         "expand": _lora_forward._expand_kernel,
         "outer": _lora_backward._outer_kernel,
     }
@@ -123,7 +131,8 @@ def compile_cases() -> Iterator[CompileCase]:
     bare = ("bf16", "fp32")  # compiled without mask, base and bias as well; elsewhere the full kernel stands for both
     for mix, masked in [*product(MIXES, (True,)), (bare, False)]:
         for kernel, fn in kernels.items():
-            yield from _cases(kernel, fn, TILES[kernel], mix, masked)
+            if masked or kernel != "drawing_shrink":
+                yield from _cases(kernel, fn, TILES[kernel], mix, masked)
         wide, narrow = (getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[t]) for t in mix)
         for kernel, fn in fused.items():
             if masked or kernel == "input_pass":

@@ -1,0 +1,171 @@
+"""generate_batch with an adapter per prompt: a part of PeftModel."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from tqdm import tqdm
+
+from fastpeft.routing import BASE, Routing, check_names
+from fastpeft.tuners.tuner_layer import BaseTunerLayer
+
+if TYPE_CHECKING:
+    from fastpeft.peft_model import PeftModel
+
+_calls = itertools.count()
+
+
+class BatchGeneration:
+    """The part of PeftModel that generates by transformers' continuous batching."""
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        *,
+        adapter_names: Sequence[str | Mapping[str, float] | None] | None = None,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        persistent_manager: bool = False,
+        warmup: bool = True,
+        max_new_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Continue many prompts by continuous batching, each with an adapter of its own.
+
+        Args:
+            inputs: the prompts' tokens.
+            adapter_names: one entry a prompt: a name, weights by name ({"a": 0.7, "b": 0.3}), or None or "__base__" for
+                no adapter. Without it, every prompt takes the active adapters.
+            generation_config, continuous_batching_config, record_timestamps, progress_bar, persistent_manager, warmup,
+                max_new_tokens, kwargs: as in the generate_batch of transformers' models.
+
+        Returns:
+            Request id -> transformers' GenerationOutput, in the order of the prompts. One that failed has an `error`.
+
+        Raises:
+            ValueError: not one name a prompt, an unknown name, or merged adapters.
+            ImportError: the installed transformers is not known to fastpeft.integrations.continuous_batching.
+            RuntimeError: the generation broke down.
+        """
+        model = cast("PeftModel", self)
+        options = {
+            "record_timestamps": record_timestamps,
+            "progress_bar": progress_bar,
+            "persistent_manager": persistent_manager,
+            "warmup": warmup,
+        }
+        if adapter_names is None:
+            if max_new_tokens is not None:
+                kwargs["max_new_tokens"] = max_new_tokens
+            result: dict[str, Any] = model.base_model.generate_batch(
+                inputs, generation_config, continuous_batching_config, **options, **kwargs
+            )
+            return result
+        if kwargs:
+            raise TypeError(f"generate_batch with adapter_names does not know {sorted(kwargs)}")
+        _check_names(model, adapter_names, len(inputs))
+        if not inputs:
+            return {}
+        run = _Run(model, generation_config, continuous_batching_config, inputs, max_new_tokens)
+        return run.outputs(inputs, adapter_names, **options)
+
+
+class _Run:
+    """One call: a manager, the requests that it gets, and what it answers."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        generation_config: Any,
+        batching_config: Any,
+        inputs: Sequence[Sequence[int]],
+        max_new_tokens: int | None,
+    ) -> None:
+        from transformers.generation.continuous_batching.utils import WorkloadHints
+
+        from fastpeft.integrations.continuous_batching import RequestRouter, config_for_adapters
+
+        base: Any = model.get_base_model()
+        config = base.generation_config if generation_config is None else generation_config
+        self.max_new_tokens = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self.answers = config.num_return_sequences or 1
+        self.manager = base.init_continuous_batching(
+            generation_config=config,
+            continuous_batching_config=config_for_adapters(batching_config),
+            workload_hints=WorkloadHints(
+                max_prompt_length=max(map(len, inputs)),
+                max_generated_length=self.max_new_tokens or 0,
+                num_requests=len(inputs) * self.answers,
+            ),
+        )
+        self.router = RequestRouter(self.manager)
+
+    def outputs(
+        self,
+        inputs: Sequence[Sequence[int]],
+        adapter_names: Sequence[Any],
+        record_timestamps: bool,
+        progress_bar: bool,
+        persistent_manager: bool,
+        warmup: bool,
+    ) -> dict[str, Any]:
+        manager, call = self.manager, next(_calls)
+        if warmup and not manager.warmed_up:
+            manager.warmup()
+        manager.start()
+        results: dict[str, Any] = {}
+        try:
+            ids = [f"fastpeft-{call}-{i}" for i in range(len(inputs))]
+            for request_id, tokens, adapter in zip(ids, inputs, adapter_names, strict=True):
+                # weights may change between two calls: blocks cached for one are no good for the next
+                key = "" if adapter in (None, BASE) else f"call {call} {json.dumps(adapter, sort_keys=True)}"
+                self.router.bind(request_id, adapter, key)
+                manager.add_request(
+                    list(tokens),
+                    request_id=request_id,
+                    max_new_tokens=self.max_new_tokens,
+                    record_timestamps=record_timestamps,
+                )
+            wanted = [name for request_id in ids for name in self._answers_to(request_id)]
+            with tqdm(total=len(wanted), disable=not progress_bar, unit="request") as progress:
+                while len(results) < len(wanted):
+                    self._collect(results, progress)
+        finally:
+            manager.stop(block=True, keep_for_next_session=persistent_manager)
+            if not persistent_manager:
+                manager.destroy()
+            for request_id in ids:
+                self.router.release(request_id)
+        return {name: results[name] for name in wanted}
+
+    def _answers_to(self, request_id: str) -> list[str]:
+        return [*(f"{request_id}__child#{i}" for i in range(self.answers - 1)), request_id]
+
+    def _collect(self, results: dict[str, Any], progress: Any) -> None:
+        from fastpeft.integrations.continuous_batching import fatal_error_of
+
+        output = self.manager.get_result(timeout=1)
+        if output is not None:
+            if output.is_finished():
+                results[output.request_id] = output
+                progress.update(1)
+        elif not self.manager.is_running():
+            cause = fatal_error_of(self.manager)
+            raise RuntimeError(f"the generation broke down after {len(results)} requests: {cause!r}") from cause
+
+
+def _check_names(model: PeftModel, adapter_names: Sequence[Any], prompts: int) -> None:
+    if isinstance(adapter_names, str) or len(adapter_names) != prompts:
+        raise ValueError(
+            f"adapter_names needs one entry a prompt: expected {prompts}, got {adapter_names!r:.200}. A prompt that "
+            f"should take no adapter has {BASE!r} or None"
+        )
+    check_names(Routing.by_row(adapter_names), model.peft_config)
+    merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
+    if merged:
+        raise ValueError(f"adapter_names cannot be used while {sorted(merged)} are merged; call unmerge_adapter first")

@@ -1,0 +1,330 @@
+"""The engine: requests come in with the name of an adapter, and tokens go out.
+
+    with Engine(model, slots=16) as engine:
+        engine.add_adapter("math", "adapters/math")
+        handle = engine.submit(tokenizer("2 + 2 =").input_ids, adapter="math", max_new_tokens=8)
+        print(tokenizer.decode(handle.result()))
+
+transformers' continuous batching generates, in a thread of its own; every request takes its own adapter
+(fastpeft.integrations.continuous_batching). Three more threads serve it: one admits requests and puts adapters into
+slots, between two steps of the generation; one reads adapters from the disk; one hands out tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from fastpeft.config import PeftConfig
+from fastpeft.integrations.continuous_batching import RequestRouter, config_for_adapters
+from fastpeft.serving.admission import Request, Slot
+from fastpeft.serving.core import EngineCore
+from fastpeft.serving.errors import EngineStoppedError, ServingError, UnknownAdapterError, shown
+from fastpeft.serving.handle import RequestHandle, wait_until_done
+from fastpeft.serving.limits import RequestLimits
+from fastpeft.serving.registry import source_of
+from fastpeft.serving.weights import AdapterWeights
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What an engine holds and does.
+
+    Attributes:
+        resident: adapters in slots, name to version; of two versions of one adapter, the current one.
+        on_cpu: names of the adapters whose weights are in CPU memory, the least recently used first.
+        running: requests that transformers has.
+        waiting: requests whose adapter is not resident yet.
+        device_bytes: of the tensors in slots.
+        cpu_bytes: of the weights in the CPU tier.
+        loads: adapters that were put into slots since the start.
+        loads_in_place: of these, those that were copied into tensors that were there.
+    """
+
+    resident: dict[str, int]
+    on_cpu: list[str]
+    running: int
+    waiting: int
+    device_bytes: int
+    cpu_bytes: int
+    loads: int
+    loads_in_place: int
+
+
+class Engine(EngineCore):
+    """Serves one model with many adapters. While it runs, nothing else may use the model.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one, whose own adapters are left alone.
+        slots: how many adapters may be resident in the model at once.
+        cpu_bytes: how many bytes of further adapters are kept in CPU memory; None for no limit.
+        generation_config: for all requests; the model's own unless given.
+        continuous_batching_config: transformers' own; CUDA graphs must be off.
+        autocast_adapter_dtype: as in load_adapter: 16-bit adapter weights are raised to fp32.
+
+    Raises:
+        ImportError: the installed transformers is not known to fastpeft.integrations.continuous_batching.
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: int = 16,
+        cpu_bytes: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().__init__(model, slots, cpu_bytes, autocast_adapter_dtype)
+        base = self._model_slots.base_model
+        config = copy.deepcopy(base.generation_config if generation_config is None else generation_config)
+        if (config.num_return_sequences or 1) > 1:
+            raise ValueError(
+                f"num_return_sequences={config.num_return_sequences}: an engine gives one answer a request; submit it "
+                "several times instead"
+            )
+        self._generation_config = config
+        self._batching_config = config_for_adapters(continuous_batching_config)
+
+    # ---- life ----
+
+    def start(self) -> Engine:
+        """Make the cache and start the threads. Returns the engine itself."""
+        if self._manager is not None:
+            raise ServingError("the engine is running already")
+        base = self._model_slots.base_model
+        manager = base.init_continuous_batching(
+            generation_config=copy.deepcopy(self._generation_config),
+            continuous_batching_config=self._batching_config,
+        )
+        router = RequestRouter(manager, on_cancelled=self._ended_early)
+        manager.warmup()  # makes the cache, so that the limits are known
+        assert router.max_request_tokens is not None
+        self._limits = RequestLimits(base, self._generation_config, router.max_request_tokens)
+        self._manager, self._router = manager, router
+        manager.start()
+        with self._changed:
+            self._refusal, self._is_stopping, self._is_dirty = None, False, True
+            self._line |= {entry: None for entry in map(self._registry.get, self._registry.names()) if entry.pinned}
+        for work in (self._admit, self._read, self._hand_out):
+            thread = threading.Thread(target=work, name=f"fastpeft-serving{work.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def stop(self, drain: bool = True, timeout: float | None = None) -> None:
+        """End the engine. The model is as it was, its parameters frozen and in eval mode; adapters stay registered.
+
+        Args:
+            drain: let all requests end first; otherwise they fail with EngineStoppedError.
+            timeout: seconds to wait for that, after which they fail all the same.
+        """
+        if self._manager is None:
+            return
+        with self._changed:
+            self._refusal = self._refusal or "the engine is stopping"
+            handles = [request.handle for request in self._all_requests()]
+        drained = drain and wait_until_done(handles, timeout)
+        self._fail_everything(EngineStoppedError("the engine was stopped before this request had ended"))
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        self._manager.stop(block=True, hard_stop=not drained)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self._manager.destroy()
+        self._manager, self._router = None, None
+        self._model_slots.close()
+        with self._changed:
+            self._slots = [Slot(slot.index) for slot in self._slots]
+            self._running.clear()
+            self._refusal = "the engine was stopped; start() it again"
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(drain=error is None)
+
+    # ---- adapters ----
+
+    def add_adapter(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        config: PeftConfig | None = None,
+    ) -> int:
+        """Register an adapter. It is read when the first request needs it, or by `prefetch`.
+
+        Args:
+            name: any string of at most 256 characters.
+            source: a folder with an adapter's files, or its weights in memory under the keys of a file.
+            config: of weights in memory.
+
+        Returns:
+            The number of its version.
+
+        Raises:
+            ServingError: the name is taken or cannot be used, or weights in memory exceed `cpu_bytes`.
+            ValueError: the folder holds no adapter, or weights in memory came without a config.
+        """
+        checked = source_of(source, config)
+        with self._changed:
+            if isinstance(checked, AdapterWeights):
+                self._cpu.check(checked.nbytes, name)
+            entry = self._registry.add(name, checked)
+            self._hold_in_memory(entry.current)
+            return entry.current.number
+
+    def replace_adapter(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        config: PeftConfig | None = None,
+    ) -> int:
+        """Give an adapter new weights. Requests that run end with the old ones; those that wait take the new ones.
+
+        Arguments, result and errors as in `add_adapter`; UnknownAdapterError if there is no such adapter.
+        """
+        checked = source_of(source, config)
+        with self._changed:
+            self._registry.get(name)
+            if isinstance(checked, AdapterWeights):
+                self._cpu.check(checked.nbytes, name)
+            entry, before = self._registry.replace(name, checked)
+            self._hold_in_memory(entry.current)
+            self._retire(before)
+            if entry.pinned:
+                self._line.setdefault(entry)
+            self._tell()
+            return entry.current.number
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter out. Requests that were submitted before still get their answers, new ones are refused."""
+        with self._changed:
+            entry = self._registry.remove(name)
+            self._unpin(entry, UnknownAdapterError(f"adapter {shown(name)} was removed before it was resident"))
+            self._tell()
+
+    def pin(self, name: str) -> Future[None]:
+        """Make an adapter resident as soon as possible, and keep it so until `unpin`.
+
+        Returns:
+            A future that is done when it is resident; it has the error if it cannot be loaded.
+
+        Raises:
+            ServingError: as many adapters are pinned as there are slots.
+        """
+        with self._changed:
+            entry = self._registry.get(name)
+            pinned = [other for other in self._registry.names() if self._registry.get(other).pinned]
+            if not entry.pinned and len(pinned) >= len(self._slots):
+                raise ServingError(
+                    f"all {len(self._slots)} slots are pinned, by {', '.join(map(shown, pinned[:8]))}; unpin one, or "
+                    "make the engine with more slots"
+                )
+            entry.pinned = True
+            future: Future[None] = Future()
+            entry.pins.append(future)
+            self._line.setdefault(entry)
+            self._tell()
+            return future
+
+    def unpin(self, name: str) -> None:
+        """Let a pinned adapter leave again when its slot is needed."""
+        with self._changed:
+            entry = self._registry.get(name)
+            self._unpin(entry, ServingError(f"adapter {shown(name)} was unpinned before it was resident"))
+            self._tell()
+
+    def prefetch(self, name: str) -> Future[None]:
+        """Read an adapter into CPU memory, in the background.
+
+        Returns:
+            A future that is done when it is there; it has the error if it cannot be read.
+        """
+        future: Future[None] = Future()
+        with self._changed:
+            version = self._registry.get(name).current
+            if version in self._cpu:
+                self._cpu.get(version)
+                future.set_result(None)
+            else:
+                self._prefetches.setdefault(version, []).append(future)
+                self._tell()
+        return future
+
+    def adapters(self) -> dict[str, int]:
+        """Registered adapters, name to current version."""
+        with self._changed:
+            return {name: self._registry.get(name).current.number for name in self._registry.names()}
+
+    def status(self) -> EngineStatus:
+        """What is held, and what is going on."""
+        with self._changed:
+            slots = [slot for slot in self._slots if slot.entry is not None and slot.version is not None]
+            slots.sort(key=lambda slot: slot.version is slot.entry.current)  # type: ignore[union-attr]
+            return EngineStatus(
+                resident={slot.version.name: slot.version.number for slot in slots},  # type: ignore[union-attr]
+                on_cpu=[version.name for version in self._cpu.versions()],
+                running=len(self._running),
+                waiting=len(self._base_requests) + sum(len(entry.waiting) for entry in self._line),
+                device_bytes=self._model_slots.nbytes,
+                cpu_bytes=self._cpu.nbytes,
+                loads=self._model_slots.built + self._model_slots.copied,
+                loads_in_place=self._model_slots.copied,
+            )
+
+    # ---- requests ----
+
+    def submit(
+        self,
+        input_ids: Sequence[int] | Tensor,
+        adapter: str | None = None,
+        max_new_tokens: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        stream: bool = True,
+    ) -> RequestHandle:
+        """Ask for a continuation. Does not wait.
+
+        Args:
+            input_ids: the prompt's tokens, one row of them.
+            adapter: name of a registered adapter; None for the base model alone.
+            max_new_tokens: at most so many; the generation config's number unless given.
+            eos_token_id: where to stop; the generation config's unless given.
+            stream: hand out each token as it comes; False hands out all at the end, which costs less.
+
+        Raises:
+            EngineStoppedError: the engine is not running.
+            UnknownAdapterError: there is no such adapter.
+            ValueError: the prompt is empty, has tokens that the model does not know, or is too long.
+        """
+        with self._changed:
+            if self._refusal is not None:
+                raise EngineStoppedError(self._refusal)
+            entry = None if adapter is None else self._registry.get(adapter)
+            assert self._limits is not None
+            tokens, length = self._limits.check(input_ids, max_new_tokens)
+            handle = RequestHandle(f"fastpeft-{next(self._request_numbers)}", adapter)
+            request = Request(handle, tokens, length, eos_token_id, stream, entry)
+            handle._cancel = functools.partial(self._cancel, request)
+            if entry is None:
+                self._base_requests.append(request)
+            else:
+                entry.waiting.append(request)
+                self._line.setdefault(entry)
+            self._tell()
+            return handle

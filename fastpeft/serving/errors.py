@@ -1,0 +1,39 @@
+"""What can go wrong for one request, and for the engine."""
+
+from fastpeft.utils.error import PeftError
+
+SHOWN_NAME = 60  # characters of a name that a message repeats
+
+
+class ServingError(PeftError, RuntimeError):
+    """Base class of what requests and engines raise."""
+
+
+class UnknownAdapterError(ServingError, ValueError):
+    """No adapter of that name is registered, or it cannot be a name."""
+
+
+class AdapterLoadError(ServingError):
+    """The adapter's files are missing or damaged, or do not fit the model. Only its own requests fail."""
+
+
+class AdapterTooLargeError(AdapterLoadError):
+    """The adapter does not fit the budget of a tier even alone."""
+
+
+class RequestFailedError(ServingError):
+    """The request ran, and transformers reported an error for it."""
+
+
+class RequestCancelledError(ServingError):
+    """The request was cancelled."""
+
+
+class EngineStoppedError(ServingError):
+    """The engine was stopped, or its generation loop has died."""
+
+
+def shown(name: object) -> str:
+    """A name as a message shows it: a long one is cut."""
+    text = repr(name)
+    return text if len(text) <= SHOWN_NAME + 2 else f"{text[:SHOWN_NAME]}...' ({len(str(name))} characters)"

@@ -1,0 +1,84 @@
+"""The weights of one adapter on the CPU: read from its files and checked, or given by the caller."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from fastpeft.adapter_files import find_config, find_weights
+from fastpeft.checkpoint import AdapterFileError, load_peft_weights
+from fastpeft.config import PeftConfig
+from fastpeft.serving.errors import AdapterTooLargeError
+
+FileIdentity = tuple[int, int, int]  # inode, bytes, time of the last change in ns
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterWeights:
+    """One adapter's config and tensors, on the CPU in memory of their own.
+
+    Attributes:
+        config: what the adapter is.
+        tensors: keys of an adapter file -> tensor.
+        file: what the file was when it was read; None for weights that came from no file.
+    """
+
+    config: PeftConfig
+    tensors: Mapping[str, Tensor]
+    file: FileIdentity | None = None
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def layout(self) -> tuple[object, ...]:
+        """Two adapters of one layout differ in the values of their weights alone."""
+        return self.config.signature(), tuple(sorted((key, tensor.shape) for key, tensor in self.tensors.items()))
+
+
+def read_adapter(folder: Path, limit: int | None = None) -> AdapterWeights:
+    """Read and check the adapter in a local folder.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors (or .bin).
+        limit: bytes; a larger file is not read.
+
+    Raises:
+        AdapterTooLargeError: the weights file is larger than `limit`.
+        ValueError, OSError: a file is missing or damaged, or the two do not belong together.
+    """
+    identity = file_identity(folder)
+    if limit is not None and identity[1] > limit:
+        raise AdapterTooLargeError(
+            f"the weights in {folder} have {identity[1]} bytes, more than the {limit} bytes that the CPU tier may "
+            "hold; give the engine a larger cpu_bytes"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fields that a newer PEFT wrote: once, when the adapter is registered
+        config = PeftConfig.from_pretrained(folder)
+    tensors = load_peft_weights(folder, device="cpu", check_config=config)
+    if file_identity(folder) != identity:
+        raise AdapterFileError(f"{folder} was written to while it was read; register the adapter again")
+    # safetensors maps the file into memory: cut short later, it would take the process down with it
+    return AdapterWeights(config, {key: tensor.clone() for key, tensor in tensors.items()}, identity)
+
+
+def file_identity(folder: Path) -> FileIdentity:
+    """What tells one state of a weights file from another.
+
+    Raises:
+        AdapterFileError: there is no adapter in the folder, or no folder.
+    """
+    config, weights = (find_config(folder), find_weights(folder)) if folder.is_dir() else (None, None)
+    if config is None or weights is None:
+        there = f"the folder holds {sorted(os.listdir(folder))[:8]}" if folder.is_dir() else "there is no such folder"
+        raise AdapterFileError(f"no adapter at {folder}: {there}. Pass a folder that save_pretrained wrote")
+    facts = weights.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns

@@ -1,0 +1,59 @@
+"""A LoRA layer on a few rows without gradients, as in decoding: bound by Python and by torch's operators.
+
+The same decision as in fastpeft.tuners.lora.fused, in one function for the one case that every token pays for: a plain
+adapter on an nn.Linear, on the torch path. It looks at all that the eligibility rule looks at, and leaves whatever is
+not exactly this case to the others.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.tuners.eligibility import is_ordinary, watched_everywhere
+from fastpeft_kernels.lora import inferring_few
+from fastpeft_kernels.reference import lora_linear_of_few
+
+_PARAMETERS = {nn.Parameter}
+_DO_NOTHING = {nn.Identity, nn.Dropout}
+
+
+def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
+    """The layer's output with its one active adapter, (..., N) in x's dtype; None where this is not the case."""
+    if not inferring_few(x) or not is_ordinary(x) or watched_everywhere() or torch.is_autocast_enabled(x.device.type):
+        return None
+    own = layer.__dict__  # the tables themselves: attributes of modules are slow, and cold code as well
+    active, modules = own["_active_adapter"], own["_modules"]
+    name = active[0] if len(active) == 1 and type(active) is list else None
+    if name not in own["r"] or layer._disable_adapters or own["merged_adapters"] or not layer.cast_input_dtype_enabled:
+        return None
+    base, A, B = modules["base_layer"], modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+    dropout = modules["lora_dropout"]._modules[name]
+    if not type(base) is type(A) is type(B) is nn.Linear or type(dropout) not in _DO_NOTHING or dropout.training:
+        return None
+    for module in (base, A, B, dropout):
+        table = module.__dict__
+        if (
+            table["_forward_hooks"]
+            or table["_forward_pre_hooks"]
+            or table["_backward_hooks"]
+            or table["_backward_pre_hooks"]
+            or "forward" in table
+        ):
+            return None
+    bias: Any = base._parameters["bias"]
+    W: Any = base._parameters["weight"]
+    a: Any = A._parameters["weight"]
+    b: Any = B._parameters["weight"]
+    if (
+        {type(W), type(a), type(b)} != _PARAMETERS
+        or B._parameters["bias"] is not None
+        or not own["variants"][name].is_a_sum
+    ):
+        return None
+    dtype = x.dtype
+    if W.dtype != dtype or a.dtype != b.dtype or (a.dtype != dtype and a.dtype != torch.float32):
+        return None
+    if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != dtype):
+        return None
+    return lora_linear_of_few(x, W, bias, a, b, own["scaling"][name])

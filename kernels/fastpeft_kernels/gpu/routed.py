@@ -1,0 +1,136 @@
+"""The ops of fastpeft_kernels.routed on the kernels of _routed.py.
+
+Launches, whatever the number of slots, for a routing of one pass: shrink and expand forward; dS, planes of dB and their
+sum for `expand`'s backward; planes of dA, their sum and dx for `shrink`'s. Where few rows split K, shrink leaves planes
+of S: `lora` lets expand add them up, the others add a launch (tests/kernels/test_routed_budget.py).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpeft_kernels.gpu import _routed
+from fastpeft_kernels.gpu._bank import BY_COLUMN, BY_RANK, factor_bank
+from fastpeft_kernels.gpu._compile import CompileCase
+from fastpeft_kernels.gpu._planes import sum_planes
+from fastpeft_kernels.gpu._routed import routed_expand, routed_outer, routed_shrink_planes
+from fastpeft_kernels.routes import parted
+from fastpeft_kernels.tiles import ROUTED_TILES, RoutedKernel, Tile
+
+
+def shrink(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    dtype = factors[0].dtype
+    planes = routed_shrink_planes(x, factor_bank(factors, 0, scales), rows, starts, weights, mask, dtype)
+    return sum_planes(planes, dtype=dtype)[0]
+
+
+def shrink_backward(
+    dS: Tensor,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    dS, bank = dS.contiguous(), factor_bank(factors, 0, scales)
+    grads = routed_outer(x, dS, bank, rows, starts, weights, mask, transposed=False)
+    dx = x.new_empty(0)
+    if need_dx:
+        dx = routed_expand(
+            None, dS.unsqueeze(0), bank, rows, starts, x.dtype, x.shape[1], weights, mask, scaled=True
+        )  # fmt: skip
+    return dx, parted(grads, factors)
+
+
+def expand(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor) -> Tensor:
+    S, bank = S.contiguous().unsqueeze(0), factor_bank(factors, 1)
+    return routed_expand(base, S, bank, rows, starts, base.dtype, base.shape[1])
+
+
+def expand_backward(
+    dout: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    bank = factor_bank(factors, 1)
+    dS = sum_planes(routed_shrink_planes(dout, bank, rows, starts, None, None, S.dtype), dtype=S.dtype)[0]
+    return dS, parted(routed_outer(dout, S.contiguous(), bank, rows, starts, None, None, transposed=True), factors)
+
+
+def lora(
+    base: Tensor,
+    x: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    S = routed_shrink_planes(x, factor_bank(As, 0, scales), rows, starts, weights, mask, As[0].dtype)
+    return routed_expand(base, S, factor_bank(Bs, 1), rows, starts, base.dtype, base.shape[1])
+
+
+# What the compile tests build: every tile with every flag, for the products' two number formats; the most usual kernels
+# of decoding without the flags as well.
+
+_BF16, _FP16 = ("bf16", "fp32"), ("fp16", "fp32")
+_KERNELS: dict[RoutedKernel, triton.JITFunction] = {
+    "shrink": _routed._routed_shrink_kernel,
+    "expand": _routed._routed_expand_kernel,
+    "outer": _routed._routed_outer_kernel,
+}
+
+
+def _case(kernel: RoutedKernel, rows: str, t: Tile, mix: tuple[str, str], full: bool) -> CompileCase:
+    fn, (wide, narrow) = _KERNELS[kernel], mix
+    names = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    constexprs: dict[str, object] = {
+        "DTYPE": names[narrow], "RESULT": names[wide], "ALIGNED": True, "TRANSPOSED": True, "HAS_PLANES": not full,
+        "LAYOUT": (BY_COLUMN if kernel == "expand" else BY_RANK).value, "HAS_BASE": True,
+        "BLOCK_M": t.BLOCK_M, "BLOCK_C": t.BLOCK_C, "BLOCK_R": t.BLOCK_R,
+    }  # fmt: skip
+    constexprs |= {f"HAS_{flag}": full for flag in ("SCALE", "WEIGHTS", "MASK")}
+    constexprs = {name: value for name, value in constexprs.items() if name in fn.arg_names}
+    pointers = {
+        **dict.fromkeys(("x_ptr", "base_ptr", "out_ptr"), wide), "table_ptr": "i64", "weights_ptr": "fp32",
+        "rows_ptr": "i32", "starts_ptr": "i32", "mask_ptr": "i32", "plane_ptr": "fp32",
+        "s_ptr": "fp32" if kernel == "expand" and not full else narrow,
+    }  # fmt: skip
+    signature = {
+        name: "constexpr" if name in constexprs else f"*{pointers[name]}" if name in pointers else "i32"
+        for name in fn.arg_names
+    }
+    return CompileCase(
+        f"{kernel}-{rows}-{wide}-{narrow}{'' if full else '-bare'}", fn, signature, constexprs, t.num_warps,
+        t.num_stages, dot_rows=t.BLOCK_C if kernel == "outer" else t.BLOCK_M, unaligned=("R", "A", "starts_ptr"),
+    )  # fmt: skip
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    for kernel, tiles in ROUTED_TILES.items():
+        for rows, t in tiles.items():
+            if kernel == "outer" and rows == "few":
+                continue  # the same tile
+            yield _case(kernel, rows, t, _BF16, full=True)
+            yield _case(kernel, rows, t, _FP16, full=True)
+            if rows == "few":
+                yield _case(kernel, rows, t, ("bf16", "bf16"), full=False)
+    kinds = {"plane_ptr": "*fp32", "table_ptr": "*i64", "starts_ptr": "*i32", "out_ptr": "*bf16"}
+    fn = _routed._routed_sum_kernel
+    yield CompileCase(
+        "sum", fn, {name: kinds.get(name, "constexpr" if name == "SUM_BLOCK" else "i32") for name in fn.arg_names},
+        {"SUM_BLOCK": _routed.SUM_BLOCK}, uses_matrix=False, unaligned=("A", "P", "band", "bands"),
+    )  # fmt: skip

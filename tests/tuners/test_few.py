@@ -1,0 +1,136 @@
+"""The path of a few rows without gradients: what it computes, and that it steps aside for whatever is not its case."""
+
+import pytest
+import torch
+from numerics import assert_as_close_as_torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+import fastpeft
+from fastpeft.helpers import disable_input_dtype_casting
+from fastpeft.tuners.lora import LoraConfig
+from fastpeft.tuners.lora.few import forward_of_few
+from fastpeft.tuners.lora.layer import Embedding, Linear
+
+K, N = 37, 23
+
+
+class OtherLinear(nn.Linear):
+    """Computes who knows what."""
+
+
+def lora(base=None, **options):
+    torch.manual_seed(0)
+    config = LoraConfig(r=5, init_lora_weights=False, **options)
+    layer = Linear(base or nn.Linear(K, N), "default", config, r=5, lora_alpha=3)
+    layer.base_layer.requires_grad_(False)
+    return layer.eval()
+
+
+def row(dtype=torch.float32, rows=2):
+    torch.manual_seed(1)
+    return torch.randn(rows, 1, K).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_is_the_layer(dtype, bias):
+    layer = lora(nn.Linear(K, N, bias=bias).to(dtype), lora_dropout=0.5)
+    x = row(dtype)
+    for adapter_dtype in (torch.float32, dtype):
+        layer.lora_A.to(adapter_dtype)
+        layer.lora_B.to(adapter_dtype)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        with torch.no_grad():
+            out = forward_of_few(layer, x)
+            assert torch.equal(layer(x), out)
+            eager = (layer.base_layer(x) + (x.to(A.dtype) @ A.T @ B.T * 0.6)).to(dtype)
+            exact = nn.functional.linear(x.double(), layer.base_layer.weight.double()) + 0.6 * (
+                x.double() @ A.double().T @ B.double().T
+            )
+            exact = exact if not bias else exact + layer.base_layer.bias.double()
+        assert_as_close_as_torch("out", out, eager, exact)
+
+
+def hook_on(find):
+    def disturb(layer):
+        find(layer).register_forward_hook(lambda *_: None)
+
+    return disturb
+
+
+def replaced(layer):
+    layer.base_layer.forward = nn.Linear(K, N).forward
+
+
+def with_another_adapter(layer):
+    layer.update_layer("other", 2, lora_alpha=1, config=LoraConfig(r=2))
+    layer.set_adapter(["default", "other"])
+
+
+def without_an_adapter(layer):
+    layer.set_adapter([])
+
+
+DISTURBANCES = {
+    "hook on the base": hook_on(lambda layer: layer.base_layer),
+    "hook on lora_A": hook_on(lambda layer: layer.lora_A["default"]),
+    "hook on lora_B": hook_on(lambda layer: layer.lora_B["default"]),
+    "hook on the dropout": hook_on(lambda layer: layer.lora_dropout["default"]),
+    "pre-hook": lambda layer: layer.base_layer.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda layer: layer.lora_A["default"].register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda layer: layer.lora_A["default"].register_full_backward_pre_hook(lambda *_: None),
+    "replaced forward": replaced,
+    "two adapters": with_another_adapter,
+    "no adapter": without_an_adapter,
+    "disabled": lambda layer: layer.enable_adapters(False),
+    "merged": lambda layer: layer.merge(),
+    "training": lambda layer: layer.train(),
+    "dtypes differ": lambda layer: layer.lora_B.to(torch.float64),
+    "adapter in float64": lambda layer: (layer.lora_A.double(), layer.lora_B.double()),
+    "another input dtype": lambda layer: layer.base_layer.double(),
+    "parametrised": lambda layer: nn.utils.parametrizations.weight_norm(layer.lora_A["default"]),
+    "no Parameter": lambda layer: (
+        layer.lora_A["default"].__dict__["_parameters"].update(weight=torch.randn(5, K))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DISTURBANCES)
+def test_it_steps_aside(kind):
+    layer = lora(lora_dropout=0.5)
+    DISTURBANCES[kind](layer)
+    with torch.no_grad():
+        assert forward_of_few(layer, row()) is None
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=repr)
+def test_it_is_for_plain_lora(options):
+    with torch.no_grad():
+        assert forward_of_few(lora(**options), row()) is None
+
+
+def test_it_is_for_linear_layers():
+    embedding = Embedding(nn.Embedding(K, N), "default", LoraConfig(r=5), r=5, lora_alpha=3).eval()
+    with torch.no_grad():
+        assert forward_of_few(lora(OtherLinear(K, N)), row()) is None
+        assert forward_of_few(embedding, torch.zeros(2, 1, dtype=torch.int64)) is None
+
+
+def test_it_looks_at_what_is_around():
+    layer = lora()
+    assert forward_of_few(layer, row()) is None  # gradients are recorded
+    with torch.no_grad():
+        assert forward_of_few(layer, row()) is not None
+        assert forward_of_few(layer, row(rows=17)) is None
+        assert forward_of_few(layer, nn.Parameter(row())) is not None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert forward_of_few(layer, row()) is None
+        with disable_input_dtype_casting(layer):
+            assert forward_of_few(layer, row()) is None
+        handle = register_module_forward_hook(lambda *_: None)
+        assert forward_of_few(layer, row()) is None
+        handle.remove()
+        with fastpeft.backend("torch"):
+            assert forward_of_few(layer, row()) is not None
+        torch.func.vmap(lambda x: (forward_of_few(layer, x) is None or pytest.fail("transformed"), x)[1])(row())
