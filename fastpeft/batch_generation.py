@@ -114,6 +114,8 @@ class _Run:
         persistent_manager: bool,
         warmup: bool,
     ) -> dict[str, Any]:
+        from fastpeft.integrations.continuous_batching import fatal_error_of
+
         manager, call = self.manager, next(_calls)
         if warmup and not manager.warmed_up:
             manager.warmup()
@@ -134,29 +136,28 @@ class _Run:
             wanted = [name for request_id in ids for name in self._answers_to(request_id)]
             with tqdm(total=len(wanted), disable=not progress_bar, unit="request") as progress:
                 while len(results) < len(wanted):
-                    self._collect(results, progress)
+                    output = manager.get_result(timeout=1)
+                    if output is None and not manager.is_running():
+                        break
+                    if output is not None and output.is_finished():
+                        results[output.request_id] = output
+                        progress.update(1)
         finally:
             manager.stop(block=True, keep_for_next_session=persistent_manager)
             if not persistent_manager:
                 manager.destroy()
             for request_id in ids:
                 self.router.release(request_id)
+        cause = fatal_error_of(manager)
+        if cause is not None or len(results) < len(wanted):
+            answered = sum(output.error is None for output in results.values())
+            raise RuntimeError(
+                f"the generation broke down with {answered} of {len(wanted)} answers: {cause!r}"
+            ) from cause
         return {name: results[name] for name in wanted}
 
     def _answers_to(self, request_id: str) -> list[str]:
         return [*(f"{request_id}__child#{i}" for i in range(self.answers - 1)), request_id]
-
-    def _collect(self, results: dict[str, Any], progress: Any) -> None:
-        from fastpeft.integrations.continuous_batching import fatal_error_of
-
-        output = self.manager.get_result(timeout=1)
-        if output is not None:
-            if output.is_finished():
-                results[output.request_id] = output
-                progress.update(1)
-        elif not self.manager.is_running():
-            cause = fatal_error_of(self.manager)
-            raise RuntimeError(f"the generation broke down after {len(results)} requests: {cause!r}") from cause
 
 
 def _check_names(model: PeftModel, adapter_names: Sequence[Any], prompts: int) -> None:

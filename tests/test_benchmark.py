@@ -153,7 +153,15 @@ def test_a_step_of_training_moves_the_adapters_alone():
 COUNTED = ("saved", "saved-model", "llama-saved")  # suites without a time
 
 
-ELSEWHERE = ("own-gemm", "peers", "peak", "first-step", "compiled-model")  # suites that have tests of their own below
+ELSEWHERE = (
+    "own-gemm",
+    "punica",
+    "vllm-lora",
+    "peers",
+    "peak",
+    "first-step",
+    "compiled-model",
+)  # suites that have tests of their own below
 
 
 @pytest.mark.parametrize("suite", [suite for suite in benchmark.SUITES if suite not in ELSEWHERE])

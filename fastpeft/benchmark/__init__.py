@@ -25,6 +25,7 @@ from fastpeft.benchmark import (
     roofline,
     routed,
     scaling,
+    serving_ops,
 )
 from fastpeft.benchmark.cases import QUICK, Case, Effort, Libraries, Result, measure, predicted
 from fastpeft.benchmark.libraries import available
@@ -54,6 +55,8 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "llama-layer": gpu.llama_layer_cases,
     "llama-saved": gpu.llama_saved_cases,
     "own-gemm": own_gemm.own_gemm_cases,
+    "punica": serving_ops.punica_cases,
+    "vllm-lora": serving_ops.vllm_lora_cases,
     "peers": peers.peer_cases,
 }
 DEFAULT_SUITES = (
@@ -62,8 +65,8 @@ DEFAULT_SUITES = (
 )  # fmt: skip
 # The tables with targets first; the ones that take long, or that touch other libraries, last.
 GPU_SUITES = (
-    "llama-layer", "llama-saved", "fused-linear", "own-gemm", "groups", "host", "model", "peak", "layer", "scaling",
-    "first-step", "compiled-model", "peers",
+    "llama-layer", "llama-saved", "fused-linear", "own-gemm", "punica", "vllm-lora", "groups", "routed", "host",
+    "model", "peak", "layer", "scaling", "first-step", "compiled-model", "peers",
 )  # fmt: skip
 
 

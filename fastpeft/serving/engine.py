@@ -117,7 +117,8 @@ class Engine(EngineCore):
             self._refusal, self._is_stopping, self._is_dirty = None, False, True
             self._line |= {entry: None for entry in map(self._registry.get, self._registry.names()) if entry.pinned}
         for work in (self._admit, self._read, self._hand_out):
-            thread = threading.Thread(target=work, name=f"fastpeft-serving{work.__name__}", daemon=True)
+            name = f"fastpeft-serving{work.__name__}"
+            thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
         return self

@@ -34,9 +34,10 @@ def check_factors(factors: Sequence[Tensor], name: str, dim: int, columns: int) 
         raise ValueError(f"{name} must hold a matrix for each slot, got none: call the base layer alone")
     dtype = factors[0].dtype
     for slot, factor in enumerate(factors):
-        if factor.ndim != 2 or factor.shape[dim] != columns:
+        shape = factor.shape
+        if len(shape) != 2 or shape[dim] != columns:
             expected = f"(r_j, {columns})" if dim else f"({columns}, r_j)"
-            raise ValueError(f"{name}[{slot}] must be {expected}; got {tuple(factor.shape)}")
+            raise ValueError(f"{name}[{slot}] must be {expected}; got {tuple(shape)}")
         if factor.dtype != dtype:
             raise ValueError(f"{name} must be of one dtype; got {dtype} for slot 0 and {factor.dtype} for slot {slot}")
 

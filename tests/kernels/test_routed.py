@@ -179,17 +179,17 @@ def test_no_rows(path, device):
 @pytest.mark.parametrize("dtypes", [DTYPES[1], DTYPES[4]], ids=str)
 def test_a_row_does_not_see_the_others(dtypes, device):
     """Its bits are the same whatever the others carry, whichever slot it takes, however large other ranks are."""
-    (base, x, As, Bs), _ = make((20, 264, 33), (4, 20, 64, 16), dtypes, device)
-    row, others = 17, [[-1] * 20, [0] * 20, [2] * 20, [m % 4 for m in range(20)]]
+    (base, x, As, Bs), _ = make((18, 264, 33), (4, 20, 33, 16), dtypes, device)
+    row, others = 17, [[-1] * 18, [2] * 18, [m % 4 for m in range(18)]]
     outs = []
     with backend("triton"), torch.no_grad():
         for slots in others:
             entries = one_each([*slots[:row], 1, *slots[row + 1 :]])
             outs.append(lora_routed(base, x, As, Bs, SCALES[:4], *routing(entries, 4, device))[row])
-        weighted = [[(0, 0.5), (2, 0.5)]] * 20  # two passes
+        weighted = [[(0, 0.5), (2, 0.5)]] * 18  # two passes
         weighted[row] = [(1, 1.0)]
         outs.append(lora_routed(base, x, As, Bs, SCALES[:4], *routing(weighted, 4, device))[row])
-        alone = routing(one_each([-1] * row + [0] + [-1] * 2), 1, device)  # another slot of a bank of one
+        alone = routing(one_each([-1] * row + [0]), 1, device)  # another slot of a bank of one
         outs.append(lora_routed(base, x, As[1:2], Bs[1:2], SCALES[1:2], *alone)[row])
     assert not torch.equal(outs[0], base[row])
     for out in outs[1:]:
@@ -209,6 +209,31 @@ def test_tensors_may_be_refilled(path, device):
         As[1].mul_(2.0)
         out = lora_routed(base, x, As, Bs, SCALES[:3], *tensors)
     torch.testing.assert_close(out, by_row_add(base, x, As, Bs, SCALES, entries).detach())
+
+
+def test_more_slots_than_are_looked_at_together(device):
+    slots = 140
+    (base, x, As, Bs), _ = make((5, 8, 16), [1] * slots, (torch.float32, torch.float32), device)
+    entries, scales = one_each([139, 0, -1, 130, 128]), [1.0] * slots
+    with backend("triton"), torch.no_grad():
+        out = lora_routed(base, x, As, Bs, scales, *routing(entries, slots, device))
+    torch.testing.assert_close(out, by_row_add(base, x, As, Bs, scales, entries).detach())
+
+
+def test_tables_are_kept_by_what_is_in_them(device):
+    """The same factors find theirs again; others, other scales or another dtype do not."""
+    pytest.importorskip("triton")
+    from fastpeft_kernels.gpu import _bank
+
+    As = factors((4, 3), 24, torch.float32, device)
+    kept = _bank.factor_bank(As, 0, SCALES[:2])
+    assert _bank.factor_bank(As, 0, list(SCALES[:2])) is kept
+    assert kept.table[:, _bank.RANK.value].tolist() == [4, 3, 0]
+    assert kept.table[:2, _bank.ADDRESS.value].tolist() == [A.data_ptr() for A in As]
+    assert kept.table[:, _bank.FIRST.value].tolist() == [0, 4, 7]
+    for other in ((As, 0, SCALES[1:3]), (As[::-1], 0, SCALES[:2]), ([A.detach().half() for A in As], 0, SCALES[:2])):
+        assert _bank.factor_bank(*other) is not kept
+    assert _bank._bank.cache_info().maxsize == _bank.MOST_TABLES
 
 
 @pytest.mark.gpu
