@@ -88,22 +88,22 @@ class _Run:
     ) -> None:
         from transformers.generation.continuous_batching.utils import WorkloadHints
 
-        from fastpeft.integrations.continuous_batching import RequestRouter, config_for_adapters
+        from fastpeft.integrations.continuous_batching import manager_with_adapters
 
         base: Any = model.get_base_model()
         config = base.generation_config if generation_config is None else generation_config
         self.max_new_tokens = config.max_new_tokens if max_new_tokens is None else max_new_tokens
         self.answers = config.num_return_sequences or 1
-        self.manager = base.init_continuous_batching(
-            generation_config=config,
-            continuous_batching_config=config_for_adapters(batching_config),
+        self.manager, self.router = manager_with_adapters(
+            base,
+            config,
+            batching_config,
             workload_hints=WorkloadHints(
                 max_prompt_length=max(map(len, inputs)),
                 max_generated_length=self.max_new_tokens or 0,
                 num_requests=len(inputs) * self.answers,
             ),
         )
-        self.router = RequestRouter(self.manager)
 
     def outputs(
         self,

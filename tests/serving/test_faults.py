@@ -13,7 +13,12 @@ from safetensors.torch import save_file
 
 from fastpeft import LoraConfig, get_peft_model
 from fastpeft.checkpoint import get_peft_model_state_dict, save_adapter_files
-from fastpeft.serving import AdapterLoadError, AdapterTooLargeError, RequestCancelledError, UnknownAdapterError
+from fastpeft.serving import (
+    AdapterLoadError,
+    AdapterTooLargeError,
+    RequestCancelledError,
+    UnknownAdapterError,
+)
 from fastpeft.serving import registry as registry_module
 
 WAIT = 60
@@ -362,3 +367,11 @@ def test_files_of_reference_peft_have_no_seal(engine, good, tmp_path, answer):
     save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     engine.add_adapter("theirs", tmp_path)
     assert engine.submit(PROMPT, "theirs").result(WAIT) == answer
+
+
+def test_weights_in_memory_that_are_not_finite(engine, maker):
+    config, weights = maker.weights(1, cases.LORA_KINDS[0])
+    weights[key := next(iter(weights))][0, 0] = float("inf")
+    with pytest.raises(ValueError, match=f"{key} has values that are NaN or infinite"):
+        engine.add_adapter("bad", weights, config)
+    assert list(engine.adapters()) == ["good"]
