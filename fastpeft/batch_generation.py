@@ -88,22 +88,22 @@ class _Run:
     ) -> None:
         from transformers.generation.continuous_batching.utils import WorkloadHints
 
-        from fastpeft.integrations.continuous_batching import RequestRouter, config_for_adapters
+        from fastpeft.integrations.continuous_batching import manager_with_adapters
 
         base: Any = model.get_base_model()
         config = base.generation_config if generation_config is None else generation_config
         self.max_new_tokens = config.max_new_tokens if max_new_tokens is None else max_new_tokens
         self.answers = config.num_return_sequences or 1
-        self.manager = base.init_continuous_batching(
-            generation_config=config,
-            continuous_batching_config=config_for_adapters(batching_config),
+        self.manager, self.router = manager_with_adapters(
+            base,
+            config,
+            batching_config,
             workload_hints=WorkloadHints(
                 max_prompt_length=max(map(len, inputs)),
                 max_generated_length=self.max_new_tokens or 0,
                 num_requests=len(inputs) * self.answers,
             ),
         )
-        self.router = RequestRouter(self.manager)
 
     def outputs(
         self,
@@ -114,6 +114,8 @@ class _Run:
         persistent_manager: bool,
         warmup: bool,
     ) -> dict[str, Any]:
+        from fastpeft.integrations.continuous_batching import fatal_error_of
+
         manager, call = self.manager, next(_calls)
         if warmup and not manager.warmed_up:
             manager.warmup()
@@ -134,29 +136,28 @@ class _Run:
             wanted = [name for request_id in ids for name in self._answers_to(request_id)]
             with tqdm(total=len(wanted), disable=not progress_bar, unit="request") as progress:
                 while len(results) < len(wanted):
-                    self._collect(results, progress)
+                    output = manager.get_result(timeout=1)
+                    if output is None and not manager.is_running():
+                        break
+                    if output is not None and output.is_finished():
+                        results[output.request_id] = output
+                        progress.update(1)
         finally:
             manager.stop(block=True, keep_for_next_session=persistent_manager)
             if not persistent_manager:
                 manager.destroy()
             for request_id in ids:
                 self.router.release(request_id)
+        cause = fatal_error_of(manager)
+        if cause is not None or len(results) < len(wanted):
+            answered = sum(output.error is None for output in results.values())
+            raise RuntimeError(
+                f"the generation broke down with {answered} of {len(wanted)} answers: {cause!r}"
+            ) from cause
         return {name: results[name] for name in wanted}
 
     def _answers_to(self, request_id: str) -> list[str]:
         return [*(f"{request_id}__child#{i}" for i in range(self.answers - 1)), request_id]
-
-    def _collect(self, results: dict[str, Any], progress: Any) -> None:
-        from fastpeft.integrations.continuous_batching import fatal_error_of
-
-        output = self.manager.get_result(timeout=1)
-        if output is not None:
-            if output.is_finished():
-                results[output.request_id] = output
-                progress.update(1)
-        elif not self.manager.is_running():
-            cause = fatal_error_of(self.manager)
-            raise RuntimeError(f"the generation broke down after {len(results)} requests: {cause!r}") from cause
 
 
 def _check_names(model: PeftModel, adapter_names: Sequence[Any], prompts: int) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fastpeft.batch_generation import BatchGeneration
 from fastpeft.config import PeftConfig
 from fastpeft.model_card import write_model_card
 from fastpeft.persistence import SavedAdapters
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 
-class PeftModel(SavedAdapters, nn.Module):
+class PeftModel(SavedAdapters, BatchGeneration, nn.Module):
     """A model with adapters, for any task. `model` is changed in place.
 
     Args:

@@ -7,8 +7,10 @@ same bits, and without a matrix product.
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -73,13 +75,31 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 class _Thread(threading.local):
-    """The hooks that each running call of an MLP pushed, None for one that pushed none, innermost last."""
+    """Of each running call of an MLP the frame, and the hooks that it pushed or None; innermost last."""
 
     def __init__(self) -> None:
-        self.entered: list[Any] = []
+        self.entered: list[tuple[FrameType, Any]] = []
+
+    def leave(self) -> None:
+        _, hooks = self.entered.pop()
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
+
+    def leave_interrupted(self) -> None:
+        """Leave calls that ended without a word: modules call no hook after a KeyboardInterrupt."""
+        while self.entered and _has_ended(self.entered[-1][0]):
+            self.leave()
 
 
 _thread = _Thread()  # of all MLPs: a model that holds it could not be copied or pickled
+
+
+def _has_ended(frame: FrameType) -> bool:
+    try:
+        frame.clear()
+    except RuntimeError:  # it is executing
+        return False
+    return True
 
 
 class _Scope:
@@ -94,20 +114,18 @@ class _Scope:
     def enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        _thread.leave_interrupted()
         hooks = None
         around = hooks_around()  # which autograd calls no longer: ours hand on what is not made again
         # a checkpoint keeps nothing at all, and hands out what it computes again once
         if torch.is_grad_enabled() and not is_checkpoint(around) and _hooks_allowed():
             hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, around), _unpack)
             hooks.__enter__()
-        _thread.entered.append(hooks)
+        _thread.entered.append((sys._getframe(1), hooks))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not _thread.entered:
-            return
-        hooks = _thread.entered.pop()
-        if hooks is not None:
-            hooks.__exit__(None, None, None)
+        if not torch.compiler.is_compiling() and _thread.entered:
+            _thread.leave()
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -155,6 +173,7 @@ class _Recipe:
 
 
 def _pack(around: Hooks | None, tensor: Tensor) -> _Kept | _Recipe | _Around:
+    _thread.leave_interrupted()  # then this one tensor is the last
     recipe = _recipe_for(tensor)
     if recipe is not None:
         return recipe

@@ -41,34 +41,39 @@ class RoutingTables(NamedTuple):
 
 
 class Routing:
-    """Which adapter each row of a batch takes. Make one with `by_row` or `by_token`; it does not change.
+    """Which adapter each row of a batch takes. Make one with `by_row` or `by_token`.
 
     Attributes:
-        names: the adapters that occur, by first appearance.
+        names: the adapters that occur, or may later, by first appearance.
     """
 
-    def __init__(self, adapters: Sequence[RowAdapters], lengths: Sequence[int] | None, kept: Sequence[int] | None):
-        if isinstance(adapters, str | Mapping):
-            raise TypeError(f"adapter_names needs one name per row of the batch, got {shortened(adapters)}")
-        self.entries = [_entries_of(row) for row in adapters]
-        self.names = tuple(dict.fromkeys(entry.name for row in self.entries for entry in row))
+    def __init__(
+        self,
+        adapters: Sequence[RowAdapters],
+        lengths: Sequence[int] | None = None,
+        kept: Sequence[int] | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.entries = _entries_of_rows(adapters)
+        self.names = tuple(dict.fromkeys([*names, *(entry.name for row in self.entries for entry in row)]))
         self._lengths = None if lengths is None else list(lengths)
         self._kept = None if kept is None else torch.as_tensor(kept, device="cpu", dtype=torch.int64)
         self._expansions = frozenset({1})
         self._tables: dict[Any, RoutingTables] = {}
 
     @classmethod
-    def by_row(cls, adapters: Sequence[RowAdapters]) -> "Routing":
+    def by_row(cls, adapters: Sequence[RowAdapters], names: Sequence[str] = ()) -> "Routing":
         """Row i of the batch, with all its tokens, takes adapters[i].
 
         Args:
             adapters: for each row the name of an adapter, "__base__" or None for none, or several with their weights:
                 {"a": 0.7, "b": 0.3} adds 0.7 times what a adds, and 0.3 times what b adds.
+            names: adapters that a `refill` may bring in.
 
         Raises:
             TypeError, ValueError: that is not what was given.
         """
-        return cls(adapters, None, None)
+        return cls(adapters, names=names)
 
     @classmethod
     def by_token(
@@ -96,6 +101,39 @@ class Routing:
         other.__dict__.update(self.__dict__, _expansions=self._expansions.union(factors), _tables={})
         return other
 
+    def refill(self, adapters: Sequence[RowAdapters]) -> None:
+        """Let the rows take other adapters, in the tensors that layers were given already.
+
+        For what keeps these tensors: a CUDA graph replays, and a compiled model runs on, with the new routing.
+
+        Args:
+            adapters: one for each row or sequence, as before; names out of `names`, not more of them a row than any row
+                had at first, and with weights only if some had.
+
+        Raises:
+            TypeError, ValueError: that is not what was given; nothing has changed then.
+        """
+        entries = _entries_of_rows(adapters)
+        names = {entry.name for row in entries for entry in row}
+        most, weighted = _passes(self.entries), _weighted(self.entries)
+        if len(entries) != len(self.entries) or not names.issubset(self.names):
+            raise ValueError(
+                f"this routing is refilled with {len(self.entries)} rows of {shortened(self.names)}; got "
+                f"{len(entries)} of {shortened(sorted(names))}"
+            )
+        if _passes(entries) > most or (_weighted(entries) and not weighted):
+            raise ValueError(
+                f"this routing has room for {most} adapters a row, {'with' if weighted else 'without'} weights: make "
+                "a new one"
+            )
+        for (rows, M, names_here, device), tables in self._tables.items():
+            shape = (rows, M // max(rows, 1))
+            fresh = self._make_tables(entries, shape, names_here, device, len(tables.rows), tables.weights is not None)
+            for old, new in zip(tables, fresh, strict=True):
+                if old is not None and new is not None:
+                    old.copy_(new)
+        self.entries = entries
+
     @property
     def is_by_row(self) -> bool:
         return self._lengths is None
@@ -121,13 +159,22 @@ class Routing:
             if len(self._tables) >= MOST_TABLES:  # a routing that is used for batches of ever new lengths
                 self._tables.clear()
             with torch.inference_mode(False), torch.no_grad():  # they may be kept for a forward with gradients
-                found = self._tables[key] = self._make_tables(shape, names, device)
+                weighted = _weighted(self.entries)
+                found = self._make_tables(self.entries, shape, names, device, _passes(self.entries), weighted)
+                self._tables[key] = found
         return found
 
-    def _make_tables(self, shape: Sequence[int], names: tuple[str, ...], device: torch.device) -> RoutingTables:
-        slots = {name: slot for slot, name in enumerate(names)}
-        entries = [[entry for entry in row if entry.name in slots] for row in self.entries]
-        passes, none = max([1, *map(len, entries)]), len(names)
+    def _make_tables(
+        self,
+        entries: Sequence[Sequence[Entry]],
+        shape: Sequence[int],
+        names: tuple[str, ...],
+        device: torch.device,
+        passes: int,
+        weighted: bool,
+    ) -> RoutingTables:
+        slots, none = {name: slot for slot, name in enumerate(names)}, len(names)
+        entries = [[entry for entry in row if entry.name in slots] for row in entries]
         slot = torch.full((passes, len(entries)), none, dtype=torch.int32, device="cpu")
         weight = torch.ones((passes, len(entries)), dtype=torch.float32, device="cpu")
         for row, own in enumerate(entries):
@@ -138,7 +185,6 @@ class Routing:
         ordered, order = slot.sort(dim=1, stable=True)
         bounds = torch.arange(none + 1, dtype=torch.int32, device="cpu").expand(passes, -1).contiguous()
         starts = torch.searchsorted(ordered, bounds, out_int32=True)
-        weighted = any(entry.weight != 1.0 for own in entries for entry in own)
         weights = weight[:, units].gather(1, order) if weighted else None
         return RoutingTables(_upload(order.int(), device), _upload(starts, device), _upload(weights, device))
 
@@ -201,6 +247,21 @@ def _entries_of(row: RowAdapters) -> tuple[Entry, ...]:
         if not isinstance(name, str) or not number:
             raise ValueError(f"the adapters of a row need names and finite weights, got {shortened(row)}")
     return tuple(Entry(name, float(weight)) for name, weight in row.items() if weight != 0 and name != BASE)
+
+
+def _entries_of_rows(adapters: Sequence[RowAdapters]) -> list[tuple[Entry, ...]]:
+    if isinstance(adapters, str | Mapping):
+        raise TypeError(f"adapter_names needs one name per row of the batch, got {shortened(adapters)}")
+    return [_entries_of(row) for row in adapters]
+
+
+def _passes(entries: Sequence[Sequence[Entry]]) -> int:
+    """The most adapters that a row has, at least one."""
+    return max([1, *map(len, entries)])
+
+
+def _weighted(entries: Sequence[Sequence[Entry]]) -> bool:
+    return any(entry.weight != 1.0 for row in entries for entry in row)
 
 
 def _upload(t: Any, device: torch.device) -> Any:

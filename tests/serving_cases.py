@@ -3,6 +3,7 @@
 import copy
 import random
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from fastpeft.checkpoint import get_peft_model_state_dict, save_adapter_files
 from fastpeft.serving import Engine
 
 VOCAB = 97
-NEW_TOKENS = 8
+NEW_TOKENS = 6
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 # Plain LoRA of several ranks and scalings, rsLoRA, DoRA, other targets, and a head of its own.
@@ -139,8 +140,18 @@ class Alone:
     @staticmethod
     def _run(base: Any, inputs: Sequence[list[int]]) -> list[list[int]]:
         config = batching_config(allow_block_sharing=False, num_blocks=128)
-        outputs = base.generate_batch([*inputs], generation_config(), config)
-        return [output.generated_tokens for output in outputs.values()]
+        manager = base.init_continuous_batching(generation_config(), config)
+        manager.start()
+        ids, answers = [manager.add_request(tokens) for tokens in inputs], {}
+        while len(answers) < len(ids):
+            output = manager.get_result(timeout=10)
+            assert output is not None
+            assert output.error is None
+            answers[output.request_id] = output.generated_tokens
+        manager.stop(block=False)
+        manager.cancel_request("")  # wakes the loop, which else looks ten times a second whether it is to stop
+        manager.join(time.perf_counter())
+        return [answers[request_id] for request_id in ids]
 
 
 @contextmanager

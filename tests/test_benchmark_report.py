@@ -148,8 +148,9 @@ def test_without_matplotlib_the_figures_are_written_and_the_next_step_said(tmp_p
 def test_predicted_times_are_the_least_and_no_gpu_is_needed(tmp_path, capsys):
     assert main(["bench", "llama-layer", "saved", "--predict", "nvidia h200", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "Nothing was measured: the least possible times on H200." in out
+    assert "Nothing was measured: the least possible times on H200, and those that" in out
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert {result["suite"] for result in results} == {"llama-layer"}  # counting bytes has no limit
     assert all(result["contenders"] == {} and result["roofline"]["seconds"] > 0 for result in results)
+    assert all(result["roofline"]["predicted_seconds"] > result["roofline"]["seconds"] for result in results)
     assert Path(tmp_path / "bench.md").read_text().count("not measured") == 0

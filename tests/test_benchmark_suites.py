@@ -9,7 +9,7 @@ import torch
 from bench_cases import ITSELF, ONCE, TINY_LLAMA, tiny
 
 import fastpeft
-from fastpeft.benchmark import compiled, fresh, groups, host, model, peers, routed, scaling
+from fastpeft.benchmark import compiled, fresh, groups, host, joint, model, peers, routed, scaling
 from fastpeft.benchmark.cases import Effort, measure
 from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
 
@@ -86,6 +86,38 @@ def test_rows_take_their_adapters_in_turn_and_the_error_is_that_of_the_right_one
         if adapters > 1:
             wrong = model(case.batch(), adapter_names=case.names[::-1])
             assert (wrong - exact).norm() > 0.1 * exact.norm()
+
+
+def test_generate_over_many_adapters_writes_what_peft_writes():
+    case = tiny(routed.RoutedGenerateCase(32, "fp32"))
+    found = {OURS: fastpeft, REFERENCE: peft}
+    assert case.facts(found) == {name: {"tokens_as_peft": 1.0} for name in found}
+    model = case.model(fastpeft)
+    tokens = case.generate(model, adapter_names=routed.names_of_rows(32))
+    assert tokens.shape == (routed.ROWS, case.prompt + case.new)
+    assert not torch.equal(tokens, case.generate(case.base()))
+
+
+def test_a_sweep_in_one_run_has_the_losses_of_one_run_after_the_other():
+    case = tiny(joint.JointCase("fp32", rows=1, tokens=32))
+    assert len(case.sweep) == case.adapters
+    assert len({tuple(point.values()) for point in joint.JointCase("fp32", 1, 32).sweep.values()}) == 8
+    facts = case.facts({OURS: fastpeft, REFERENCE: peft})
+    assert facts.keys() == {joint.ALONE, REFERENCE}
+    assert all(fact["loss_difference"] < 1e-5 for fact in facts.values())
+
+
+def test_a_timed_step_of_a_sweep_trains_every_adapter(tmp_path):
+    case = tiny(joint.JointCase("fp32", rows=1, tokens=8))
+    assert case.steps({OURS: fastpeft, REFERENCE: peft}).keys() == {FROZEN, OURS, joint.ALONE, REFERENCE}
+    trainer = case.together(fastpeft, str(tmp_path), timed=True)
+    before = {key: p.clone() for key, p in trainer.model.named_parameters() if "lora_B" in key}
+    for _ in range(2):
+        assert joint._seconds_of_loops([trainer]) > 0
+        assert trainer.state.global_step == joint.UPDATES
+        after = dict(trainer.model.named_parameters())
+        assert all(not torch.equal(after[key], p) for key, p in before.items())
+        before = {key: after[key].clone() for key in before}
 
 
 def test_the_compilers_first_step_is_kept(monkeypatch):

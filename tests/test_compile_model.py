@@ -14,7 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 import fastpeft
-from fastpeft_kernels import reference
+from fastpeft_kernels.masks import draw_mask
 
 
 def adapted(dtype: torch.dtype, p: float, checkpointing: bool) -> nn.Module:
@@ -56,7 +56,7 @@ def masks_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(x: Tensor, p: float, copies: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(x.shape[0] * 1000 + x.shape[1])
-            return reference.draw_mask(copies * x.shape[0], x.shape[1], p, x.device)
+            return draw_mask(copies * x.shape[0], x.shape[1], p, x.device)
 
     module = importlib.import_module("fastpeft_kernels.dropout")  # the package's `dropout` is the function
     monkeypatch.setattr(module, "_run_draw_mask", draw)

@@ -1,5 +1,6 @@
 """recompute_mlp: fewer bytes kept, the same gradients to the bit, whatever else hangs on saved tensors."""
 
+import contextlib
 import copy
 import io
 import weakref
@@ -89,21 +90,44 @@ class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate, self.up, self.down, self.act = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4), nn.SiLU()
-        self.fails = False
+        self.fails: BaseException | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.gate(x)) * self.up(x)
         if self.fails:
-            raise RuntimeError("boom")
+            raise self.fails
         return self.down(h.view(-1, 6)).view_as(x)
 
 
 def test_an_error_inside_leaves_no_hooks_behind():
     model = nn.Sequential(Mlp())
     fastpeft.recompute_mlp(model)
-    model[0].fails = True
+    model[0].fails = RuntimeError("boom")
     with pytest.raises(RuntimeError, match="boom"):
         model(torch.randn(3, 4))
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+@pytest.mark.parametrize(("again", "nested"), [(False, False), (True, False), (True, True)])
+def test_after_a_keyboard_interrupt_the_hooks_end(again, nested):
+    """With the next tensor that autograd keeps, or the next call of an MLP: hooks around it then end as well."""
+    model = nn.Sequential(Mlp())
+    fastpeft.recompute_mlp(model)
+    model[0].fails = KeyboardInterrupt()
+    x = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(KeyboardInterrupt), torch.autograd.graph.save_on_cpu() if nested else contextlib.nullcontext():
+        model(x)
+    model[0].fails = None
+    if again:
+        model(x).sum().backward()
+        twin = copy.deepcopy(model)
+        fastpeft.recompute_mlp(twin, enabled=False)
+        twin.zero_grad()
+        twin(x).sum().backward()
+        grads = [{name: p.grad for name, p in net.named_parameters()} for net in (model, twin)]
+        assert_same_bits(*grads)
+    else:
+        x.exp().sum().backward()
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 

@@ -74,6 +74,35 @@ def test_tables_are_made_once_and_forgotten_in_the_end(monkeypatch):
     assert len(routing._tables) <= 3
 
 
+def test_a_refill_goes_into_the_same_tensors():
+    routing = Routing.by_row(["a", "__base__", {"b": 0.5}], names=("c",))
+    assert routing.names == ("c", "a", "b")
+    kept = [routing.tables((3,), routing.names, CPU), routing.tables((3, 2), ("b",), CPU)]
+    rows = [{"c": 2.0}, "b", "__base__"]
+    routing.refill(rows)
+    expected = Routing.by_row(rows, names=routing.names)
+    for found, (shape, names) in zip(kept, [((3,), routing.names), ((3, 2), ("b",))], strict=True):
+        assert found is routing.tables(shape, names, CPU)
+        assert all(map(torch.equal, found, expected.tables(shape, names, CPU)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["a"], "refilled with 2 rows"),
+        (["a", "d"], r"refilled with 2 rows of \('a', 'b'\); got 2 of \['a', 'd'\]"),
+        (["a", {"a": 1, "b": 1}], "room for 1 adapters a row, without weights"),
+        (["a", {"b": 0.5}], "room for 1 adapters a row, without weights"),
+    ],
+)
+def test_refills_that_do_not_fit_change_nothing(rows, message):
+    routing = Routing.by_row(["a", "b"])
+    before = tables(routing, (2,), ("a", "b"))
+    with pytest.raises(ValueError, match=message):
+        routing.refill(rows)
+    assert tables(routing, (2,), ("a", "b")) == before
+
+
 @pytest.mark.parametrize(
     ("rows", "error"),
     [
@@ -261,3 +290,47 @@ def test_generation_repeats_rows(family, options):
         assert repeat == 2
     model.generation_config.num_beams = 2  # from the config as well
     assert len(model.generate(**inputs, adapter_names=names, max_new_tokens=2)) == 3
+
+
+# Compiled.
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_models_follow_a_routing_and_its_refills(training):
+    model, inputs = adapted(), models.batch("llama")
+    model.set_requires_grad(["a", "b"])
+    model.train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.get_base_model(), fullgraph=True)
+    routing = Routing.by_row(["a", "b", "__base__"])
+
+    def outcome(run):
+        model.zero_grad()
+        logits = run()
+        logits.square().mean().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]  # who has no rows may have no gradient, or zeros
+        return [logits, *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained)]
+
+    def follow():
+        with routed(routing):
+            return compiled(**inputs).logits
+
+    turns = [["a", "b", "__base__"], ["a", "a", "a"], ["__base__", "b", "b"], ["b", "a", "a"]]
+    for turn, rows in enumerate(
+        turns
+    ):  # the tables are made in the first turn, and inputs of the graph from the second
+        routing.refill(rows)
+        with torch._dynamo.config.patch(error_on_recompile=turn > 1):
+            found = outcome(follow)
+        expected = outcome(lambda rows=rows: model(**inputs, adapter_names=rows).logits)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_models_take_names():
+    model, inputs = adapted(modules_to_save=["lm_head"]).eval(), models.batch("llama")
+    torch._dynamo.reset()
+    names = ["b", "__base__", "a"]
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True)(**inputs, adapter_names=names).logits
+        torch.testing.assert_close(found, model(**inputs, adapter_names=names).logits)

@@ -1,27 +1,14 @@
-"""Predicted bytes and times of a LoRA linear layer, from bytes that were counted.
+"""What LoRA linears move on a GPU beyond their base products, counted in Triton's interpreter, by kind."""
 
-Triton's interpreter is too slow for the shapes that matter, so small ones are counted, and what they move is written as
-a MK + b MN + c Mr + d rK + e rN, which holds exactly (tests/kernels/test_budget.py). The planes of split reductions
-depend on how a shape is split, and have their own formula, held against the counted ones in the same test.
-
-    TRITON_INTERPRET=1 python -m fastpeft.benchmark.budget 8192 4096 4096 --rank 16 --dropout 0.1
-"""
-
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastpeft.benchmark.traffic import Traffic, counting
 from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear, lora_routed, product
-from fastpeft_kernels.tiles import ProductBy, fused_tile, row_bands, tile
-
-H200_BYTES_PER_SECOND = 4.3e12  # measured, copy
+from fastpeft_kernels.tiles import ProductBy
 
 # What the kernels' arguments are. Every program reads its part of a factor anew; caches hold factors.
 _SLOTS = range(3)  # members of a group in one launch
@@ -32,10 +19,6 @@ FACTORS = frozenset(
     | {f"{factor}{i}_ptr" for factor in "as" for i in _SLOTS}
 )
 ROUTING = frozenset({"table_ptr", "rows_ptr", "starts_ptr", "weights_ptr"})  # of a routed batch: who takes which slot
-
-# M, K, N at which the terms tell themselves apart: bands and strips enough that dS, dA and dB are sums of planes, and K
-# so small that S is not, as with many rows.
-PROBES = ((576, 64, 320), (576, 128, 192), (640, 64, 192))
 
 
 @dataclass(frozen=True)
@@ -56,8 +39,8 @@ class Bytes:
     def total(self) -> int:
         return self.wide + self.factors + self.planes
 
-    def seconds(self, bytes_per_second: float = H200_BYTES_PER_SECOND) -> float:
-        return self.total / bytes_per_second
+    def __add__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.wide + other.wide, self.factors + other.factors, self.planes + other.planes)
 
 
 def count(
@@ -152,65 +135,3 @@ def by_kind(*parts: Traffic, narrow: int = 64) -> Bytes:
             small = name in FACTORS or (size < narrow and launch.name.startswith("aten."))
             totals["planes" if name in PLANES else "factors" if small else "wide"] += size
     return Bytes(**totals)
-
-
-def plane_bytes(M: int, K: int, N: int, r: int, adapters: torch.dtype = torch.float32) -> int:
-    """What the backward's partial sums take, written and read, for a bf16 base; S not split over K.
-
-    A sum that is not split is written once, in the adapters' dtype.
-    """
-
-    def moved(elements: int, planes: int) -> int:
-        return elements * (8 * planes if planes > 1 else adapters.itemsize)
-
-    def split(columns: int, name: Literal["output_pass", "input_pass"]) -> tuple[int, int, bool]:
-        fused = fused_tile(name, torch.bfloat16, adapters, r)
-        t = fused or tile("outer", r)
-        strips = -(-columns // t.BLOCK_C)
-        return strips, row_bands(M, strips, t.BLOCK_M)[0], fused is not None
-
-    strips, dB_bands, is_fused = split(N, "output_pass")
-    _, dA_bands, _ = split(K, "input_pass")
-    return (moved(M * r, strips) if is_fused else 0) + moved(N * r, dB_bands) + moved(K * r, dA_bands)
-
-
-def predict(M: int, K: int, N: int, r: int = 16, dropout: float = 0.0, adapters: torch.dtype = torch.float32) -> Bytes:
-    """The bytes of a layer of any size, from what the probes moved: S is not split over K (from 4096 rows on it never
-    is), and K is a multiple of 32.
-
-    Raises:
-        ValueError: the rank is over 16, where the probes are not the formula's only terms, or there are too few rows.
-        RuntimeError: the probes moved what the formula does not give.
-    """
-    fewest = PROBES[0][0]
-    if not (0 < r <= 16 and fewest <= M):
-        raise ValueError(f"bytes are predicted for ranks of 1 to 16 and {fewest} rows or more; got r={r}, M={M}")
-    counted = [by_kind(*count(*probe, r, dropout, adapters)) for probe in PROBES]
-    wide = _solve([(m * k, m * n) for m, k, n in PROBES], [c.wide for c in counted], (M * K, M * N))
-    factors = _solve([(m, k, n) for m, k, n in PROBES], [c.factors for c in counted], (M, K, N))
-    return Bytes(wide, factors, plane_bytes(M, K, N, r, adapters))
-
-
-def _solve(terms: Sequence[tuple[int, ...]], counts: Sequence[int], at: tuple[int, ...]) -> int:
-    """The value `at` other terms of the linear function that gives `counts` at `terms`."""
-    coefficients, *_ = np.linalg.lstsq(np.array(terms, float), np.array(counts, float), rcond=None)
-    if not np.allclose(np.array(terms) @ coefficients, counts, rtol=1e-5):
-        raise RuntimeError(f"the counted bytes {list(counts)} are no linear function of {list(terms)}")
-    return round(float(np.dot(coefficients, at)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Predicted bytes and time of a LoRA linear layer beyond its base.")
-    for name in ("M", "K", "N"):
-        parser.add_argument(name, type=int)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--bandwidth", type=float, default=H200_BYTES_PER_SECOND, help="bytes a second")
-    args = parser.parse_args()
-    moved = predict(args.M, args.K, args.N, args.rank, args.dropout)
-    figures = {"wide": moved.wide, "factors": moved.factors, "planes": moved.planes, "total": moved.total}
-    print(json.dumps({"bytes": figures, "microseconds": round(1e6 * moved.seconds(args.bandwidth), 1)}))
-
-
-if __name__ == "__main__":
-    main()

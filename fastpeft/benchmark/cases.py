@@ -86,7 +86,8 @@ class Result:
         contenders: by name "seconds" and "rounds", the case's facts, or "failed" with the reason.
         speedup: `speedup[baseline][contender]` is baseline time over contender time, round by round.
         floor: contender time over the frozen base's time, round by round.
-        roofline: bytes and FLOP that the step must move and compute, and the predicted seconds.
+        roofline: bytes and FLOP that the step must move and compute, and the least seconds for that; on a GPU also the
+            bytes that our kernels were counted to move beyond the base, and the seconds that these predict.
     """
 
     suite: str
@@ -135,7 +136,7 @@ def predicted(case: Case, ceilings: Ceilings | None) -> Result:
     result = Result(case.suite, case.name, case.params)
     work = case.work()
     if ceilings and work:
-        result.roofline = predict(work, ceilings)
+        result.roofline = predict(work, ceilings, on_gpu=torch.device(case.device).type == "cuda")
     return result
 
 

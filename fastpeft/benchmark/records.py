@@ -123,6 +123,8 @@ def _check_result(result: dict[str, Any], where: str) -> None:
     if roofline is not None:
         for key in ("bytes", "flops", "base_seconds", "seconds"):
             _number(_dict(roofline, f"{where}: roofline").get(key), f"{where}: roofline.{key}", above=0)
+        for key in ("kernel_bytes", "predicted_seconds"):  # on a GPU only, and not in older reports
+            _number(roofline.get(key, 1.0), f"{where}: roofline.{key}", above=0)
 
 
 def _check_params(params: dict[str, Any], where: str) -> None:

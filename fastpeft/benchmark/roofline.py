@@ -3,6 +3,9 @@
 The bytes are budgets, not measurements: what the step must move when nothing is read or written twice. A LoRA linear's
 adapters add two passes over x and one over dout to its frozen base, for 16-bit tensors 4MK + 2MN bytes, and 3MK/8 for
 the packed dropout mask: drawn once, read in forward, dA and dx. A group that shares x reads it once each way.
+
+Beside this limit stands what our kernels would take at the device's bandwidth: by the bytes that were counted in them
+(prediction.py), more than the limit where low-rank parts are C operands of the library's products.
 """
 
 import time
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fastpeft.benchmark import prediction
 from fastpeft.benchmark.environment import cpu
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -53,13 +57,16 @@ class Work:
     base_flops: float
     adapter_bytes: float
     adapter_flops: float
+    kernel_bytes: float | None = None  # what our GPU kernels move for the adapters, as counted; None: not counted
 
     def __add__(self, other: "Work") -> "Work":
         assert self.dtype == other.dtype
+        counted = None not in (self.kernel_bytes, other.kernel_bytes)
         return Work(
             self.dtype,
             self.base_bytes + other.base_bytes, self.base_flops + other.base_flops,
             self.adapter_bytes + other.adapter_bytes, self.adapter_flops + other.adapter_flops,
+            (self.kernel_bytes or 0.0) + (other.kernel_bytes or 0.0) if counted else None,
         )  # fmt: skip
 
 
@@ -87,7 +94,16 @@ def lora_work(
         base_flops=directions * 2.0 * M * K * N,
         adapter_bytes=size * adapter_elements + mask_bytes,
         adapter_flops=(6.0 if backward else 2.0) * M * r * (members * K + N),
+        kernel_bytes=_kernel_bytes(M, K, widths, r, dropout, backward) if dtype == "bf16" else None,
     )
+
+
+def _kernel_bytes(M: int, K: int, widths: Sequence[int], r: int, dropout: float, backward: bool) -> float | None:
+    try:
+        moved = prediction.predict(M, K, widths, r, dropout)
+    except ValueError:
+        return None  # not among the ranks and groups that were counted
+    return float(moved[0].total + (moved[1].total if backward else 0))
 
 
 def roofline_seconds(bytes: float, flops: float, device: Ceilings, dtype: str = "bf16") -> float:
@@ -95,16 +111,23 @@ def roofline_seconds(bytes: float, flops: float, device: Ceilings, dtype: str = 
     return max(bytes / device.bytes_per_s, flops / device.flops_per_s[dtype])
 
 
-def predict(work: Work, device: Ceilings) -> dict[str, float] | None:
-    """Predicted seconds of the frozen base, and with adapters; None where the device has no rate for the dtype."""
+def predict(work: Work, device: Ceilings, on_gpu: bool = True) -> dict[str, float] | None:
+    """The least seconds of the frozen base, and with adapters; None where the device has no rate for the dtype.
+
+    Where our kernels run and were counted, also their bytes and the seconds that these predict.
+    """
     if work.dtype not in device.flops_per_s:
         return None
     base = roofline_seconds(work.base_bytes, work.base_flops, device, work.dtype)
     adapters = roofline_seconds(work.adapter_bytes, work.adapter_flops, device, work.dtype)
-    return {
+    figures = {
         "bytes": work.base_bytes + work.adapter_bytes, "flops": work.base_flops + work.adapter_flops,
         "base_seconds": base, "seconds": base + adapters,
     }  # fmt: skip
+    if on_gpu and work.kernel_bytes is not None:
+        ours = roofline_seconds(work.kernel_bytes, work.adapter_flops, device, work.dtype)
+        figures |= {"kernel_bytes": work.kernel_bytes, "predicted_seconds": base + ours}
+    return figures
 
 
 def known(name: str) -> Ceilings | None:

@@ -5,8 +5,7 @@ does not; and its prefix cache finds keys and values by tokens alone, although a
 `RequestRouter` gives a manager both: every forward runs under the Routing of its batch, and cached blocks are found
 only by requests of the same adapter and version.
 
-    manager = base.init_continuous_batching(...)
-    router = RequestRouter(manager)
+    manager, router = manager_with_adapters(base, generation_config, batching_config)
     router.bind("req_0", "math", cache_key="math 1")
     manager.add_request(input_ids, request_id="req_0")
 
@@ -27,7 +26,7 @@ from itertools import cycle
 from typing import Any
 
 import transformers
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from fastpeft.routing import Routing, routed
 
@@ -100,6 +99,36 @@ def _problem_with(module: str, owner: str, name: str, parameters: tuple[str, ...
     if found != parameters:
         return f"{module}.{owner}.{name}({', '.join(parameters)}), which takes ({', '.join(found)})"
     return None
+
+
+def manager_with_adapters(
+    base: Any,
+    generation_config: GenerationConfig,
+    batching_config: ContinuousBatchingConfig | None = None,
+    on_cancelled: Callable[[str], None] | None = None,
+    **options: Any,
+) -> tuple[Any, RequestRouter]:
+    """A manager of continuous batching, not started yet, and the router of its requests.
+
+    Args:
+        base: the model inside the PeftModel.
+        generation_config, batching_config, options: as for `init_continuous_batching`.
+        on_cancelled: as for RequestRouter.
+
+    Raises:
+        ImportError, ValueError: as RequestRouter and config_for_adapters. The model is as it was.
+    """
+    check_transformers()
+    batching_config = config_for_adapters(batching_config)
+    attention = base.config._attn_implementation
+    try:
+        manager = base.init_continuous_batching(
+            generation_config=generation_config, continuous_batching_config=batching_config, **options
+        )
+        return manager, RequestRouter(manager, on_cancelled)
+    except Exception:
+        base.set_attn_implementation(attention)  # which a manager may have changed for itself
+        raise
 
 
 def config_for_adapters(config: ContinuousBatchingConfig | None = None) -> ContinuousBatchingConfig:
@@ -228,7 +257,7 @@ class RequestRouter:
         return processor
 
     def _follow(self, processor: Any) -> None:
-        """Stand in the way of five calls of a processor: two say what a forward computes, three keep the cache."""
+        """Stand in the way of a processor's calls: what a forward computes, what is cached, what has ended."""
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         inputs, runner = processor.inputs_and_outputs, processor.model_runner

@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -64,6 +64,17 @@ class EngineCore:
         self._request_numbers = itertools.count()
         self._admissions = itertools.count(1)
 
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Run one of the three threads. Should it fail, nobody may wait for it."""
+        try:
+            work()
+        except BaseException as error:
+            logger.exception("an engine's thread has failed")
+            with self._changed:
+                self._refusal = f"the engine has failed: {error!r}; stop() it and start() it again"
+            self._fail_everything(EngineStoppedError(f"the engine has failed: {error!r}"))
+            raise
+
     # ---- the thread that admits requests ----
 
     def _admit(self) -> None:
@@ -108,9 +119,7 @@ class EngineCore:
             self._running[request.handle.request_id] = request
         slot.users += len(requests)
         slot.last_used = next(self._admissions)
-        for future in entry.pins:
-            future.set_result(None)
-        entry.pins.clear()
+        _settle(entry.pins)
         self._leave_line(entry)
         return requests
 
@@ -198,8 +207,7 @@ class EngineCore:
         if not version.retired:
             self._cpu.make_room(outcome.nbytes)
             self._cpu.put(version, outcome)
-        for future in self._prefetches.pop(version, []):
-            future.set_result(None)
+        _settle(self._prefetches.pop(version, []))
 
     def _next_to_read(self) -> AdapterVersion | None:
         """The first version that is wanted, and for which there is room now; the room is made."""
@@ -282,8 +290,8 @@ class EngineCore:
         version.retired = True
         self._cpu.drop(version)
         version.weights = None
-        for future in self._prefetches.pop(version, []):
-            future.set_exception(AdapterLoadError(f"{shown(version.name)} was replaced or removed before it was read"))
+        reason = AdapterLoadError(f"{shown(version.name)} was replaced or removed before it was read")
+        _settle(self._prefetches.pop(version, []), reason)
         for slot in self._slots:
             self._vacate_if_over(slot)
 
@@ -308,8 +316,7 @@ class EngineCore:
             self._cpu.put(version, version.weights)
 
     def _loading_failed(self, version: AdapterVersion, error: Exception) -> None:
-        for future in self._prefetches.pop(version, []):
-            future.set_exception(_load_error(version, error))
+        _settle(self._prefetches.pop(version, []), _load_error(version, error))
         for entry in [entry for entry in self._line if entry.current is version]:
             self._fail_waiting(entry, _load_error(version, error))
 
@@ -322,9 +329,7 @@ class EngineCore:
 
     def _unpin(self, entry: AdapterEntry, reason: Exception) -> None:
         entry.pinned = False
-        for future in entry.pins:
-            future.set_exception(reason)
-        entry.pins.clear()
+        _settle(entry.pins, reason)
         self._leave_line(entry)
 
     # ---- what callers and the generation thread do ----
@@ -362,6 +367,18 @@ class EngineCore:
             self._base_requests.clear()
             for entry in list(self._line):
                 self._fail_waiting(entry, error)
+
+
+def _settle(futures: list[Future[None]], error: Exception | None = None) -> None:
+    """Tell those who wait for something, but for those who gave up, and forget them."""
+    settled = list(futures)
+    futures.clear()
+    for future in settled:
+        if future.set_running_or_notify_cancel():
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
 
 
 def _load_error(version: AdapterVersion, error: Exception) -> AdapterLoadError:

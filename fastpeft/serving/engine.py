@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from fastpeft.config import PeftConfig
-from fastpeft.integrations.continuous_batching import RequestRouter, config_for_adapters
+from fastpeft.integrations.continuous_batching import config_for_adapters, manager_with_adapters
 from fastpeft.serving.admission import Request, Slot
 from fastpeft.serving.core import EngineCore
 from fastpeft.serving.errors import EngineStoppedError, ServingError, UnknownAdapterError, shown
@@ -103,12 +103,15 @@ class Engine(EngineCore):
         if self._manager is not None:
             raise ServingError("the engine is running already")
         base = self._model_slots.base_model
-        manager = base.init_continuous_batching(
-            generation_config=copy.deepcopy(self._generation_config),
-            continuous_batching_config=self._batching_config,
+        attention = base.config._attn_implementation
+        manager, router = manager_with_adapters(
+            base, copy.deepcopy(self._generation_config), self._batching_config, on_cancelled=self._ended_early
         )
-        router = RequestRouter(manager, on_cancelled=self._ended_early)
-        manager.warmup()  # makes the cache, so that the limits are known
+        try:
+            manager.warmup()  # makes the cache, so that the limits are known
+        except Exception:
+            base.set_attn_implementation(attention)
+            raise
         assert router.max_request_tokens is not None
         self._limits = RequestLimits(base, self._generation_config, router.max_request_tokens)
         self._manager, self._router = manager, router
@@ -117,7 +120,8 @@ class Engine(EngineCore):
             self._refusal, self._is_stopping, self._is_dirty = None, False, True
             self._line |= {entry: None for entry in map(self._registry.get, self._registry.names()) if entry.pinned}
         for work in (self._admit, self._read, self._hand_out):
-            thread = threading.Thread(target=work, name=f"fastpeft-serving{work.__name__}", daemon=True)
+            name = f"fastpeft-serving{work.__name__}"
+            thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
         return self

@@ -155,13 +155,15 @@ def source_of(
         config: of weights in memory; a folder has its own.
 
     Raises:
-        ValueError: a folder without an adapter, weights without a config, or a folder with one.
+        ValueError: a folder without an adapter, weights without a config or not finite, or a folder with a config.
     """
     if isinstance(source, Mapping):
         if not isinstance(config, PeftConfig):
             raise ValueError(f"weights in memory need the adapter's config, a PeftConfig; got config={config!r}")
         if bad := [key for key, value in source.items() if not isinstance(value, Tensor)]:
             raise ValueError(f"expected a dict of tensors under the keys of an adapter file, but {bad[:4]} are none")
+        if bad := [key for key, value in source.items() if value.is_floating_point() and not value.isfinite().all()]:
+            raise ValueError(f"{bad[0]} has values that are NaN or infinite; requests of all adapters would suffer")
         return AdapterWeights(config, {key: value.detach().cpu().clone() for key, value in source.items()})
     if config is not None:
         raise ValueError("a folder has a config of its own; leave out config=")

@@ -25,7 +25,7 @@ from fastpeft.mapping import get_peft_model
 from fastpeft.peft_model import PeftModel
 from fastpeft.serving.weights import AdapterWeights
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
-from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
+from fastpeft.utils.auxiliary import _ROWWISE, AuxiliaryTrainingWrapper
 
 _PATTERNS = 64  # layouts whose pattern is kept
 _BUILDING = "fastpeft_building"
@@ -99,11 +99,15 @@ class AdapterSlots:
             first adapter comes, frozen and in eval mode.
         count: number of slots.
         autocast_adapter_dtype: as in `load_adapter`: 16-bit adapter weights are raised to fp32.
+
+    Raises:
+        ValueError: `count` is no positive number, or the model's own adapters are merged or disabled.
     """
 
     def __init__(self, model: nn.Module, count: int, autocast_adapter_dtype: bool = True) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"expected a number of slots of at least 1, got {count!r}")
+        _check_follows_routings(model)
         self.names = tuple(f"fastpeft_slot_{i}" for i in range(count))
         self.base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.autocast_adapter_dtype = autocast_adapter_dtype
@@ -137,6 +141,8 @@ class AdapterSlots:
             self.copied += 1
         for key, tensor in weights.tensors.items():
             content.tensors[key].copy_(tensor, non_blocking=True)
+        for device in {tensor.device for tensor in content.tensors.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()  # the generation has a stream of its own
 
     def clear(self, slot: int) -> None:
         """Take what is in a slot out of the model, if anything is."""
@@ -179,12 +185,33 @@ class AdapterSlots:
             own = get_peft_model_state_dict(self._wrapped, adapter_name=_BUILDING, save_embedding_layers=False)
             _check_fits(weights.tensors, own)
             pattern = _pattern_of(self._wrapped, _BUILDING, own)
+            _check_rowwise(pattern)
         finally:
             self._wrapped.delete_adapter(_BUILDING)
         self._patterns[layout] = pattern
         while len(self._patterns) > _PATTERNS:
             self._patterns.popitem(last=False)
         return pattern
+
+
+def _check_follows_routings(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and (module.merged or module.disable_adapters):
+            state = f"merged ({', '.join(module.merged_adapters)})" if module.merged else "disabled"
+            raise ValueError(
+                f"the adapters of {name} are {state}: requests could not take their own. Call unmerge_adapter, or "
+                "leave disable_adapter, before the model is served"
+            )
+
+
+def _check_rowwise(pattern: _Pattern) -> None:
+    """A module that an adapter keeps whole must be one that a batch of several adapters can pass through."""
+    for part in pattern.parts:
+        if isinstance(part.owner, AuxiliaryTrainingWrapper) and not isinstance(part.owner.original_module, _ROWWISE):
+            raise NotImplementedError(
+                f"modules_to_save has a {type(part.owner.original_module).__name__}, which cannot take a batch of "
+                f"several adapters; it can be one of {', '.join(kind.__name__ for kind in _ROWWISE)}"
+            )
 
 
 def _check_leaves_base_alone(config: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,9 +59,7 @@ def read_adapter(folder: Path, limit: int | None = None) -> AdapterWeights:
             f"the weights in {folder} have {identity[1]} bytes, more than the {limit} bytes that the CPU tier may "
             "hold; give the engine a larger cpu_bytes"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fields that a newer PEFT wrote: once, when the adapter is registered
-        config = PeftConfig.from_pretrained(folder)
+    config = PeftConfig.from_pretrained(folder)
     tensors = load_peft_weights(folder, device="cpu", check_config=config)
     if file_identity(folder) != identity:
         raise AdapterFileError(f"{folder} was written to while it was read; register the adapter again")

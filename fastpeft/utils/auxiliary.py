@@ -7,10 +7,10 @@ PEFT's: `<path>.original_module.*` and `<path>.modules_to_save.<adapter>.*`.
 import copy
 import inspect
 from collections.abc import Sequence
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
+import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
@@ -167,15 +167,18 @@ class AuxiliaryTrainingWrapper(nn.Module):
         base = self.original_module(x, *args, **kwargs)  # whole, so that its rows keep the very bits of the base model
         flat = x.reshape(-1, *x.shape[len(shape) :])
         out = flat_base = base.reshape(len(flat), *base.shape[len(shape) :])
-        for p, (order, bounds) in enumerate(zip(tables.rows.long(), tables.starts.tolist(), strict=True)):
-            for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
-                if begin == end:
+        for p, order in enumerate(tables.rows.long()):
+            for slot, name in enumerate(names):
+                lines, is_taken = _lines_of(tables.starts[p], slot, len(order))
+                if len(lines) == 0:
                     continue
-                rows = order[begin:end]
+                rows = order[lines]
                 part = self.module_of(name)(flat[rows], *args, **kwargs)
                 if tables.weights is not None:
-                    change = (part - flat_base[rows]) * tables.weights[p, begin:end].view(-1, *[1] * (part.ndim - 1))
+                    change = (part - flat_base[rows]) * _as_column(tables.weights[p, lines], part)
                     part = (out[rows] + change).to(out.dtype)
+                if is_taken is not None:
+                    part = torch.where(_as_column(is_taken, part), part, out[rows])
                 out = out.index_copy(0, rows, part)
         return out.view(base.shape)
 
@@ -188,6 +191,18 @@ class AuxiliaryTrainingWrapper(nn.Module):
             if name.startswith("__") or "original_module" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self._current_module(), name)
+
+
+def _lines_of(starts: Tensor, slot: int, M: int) -> tuple[Tensor, Tensor | None]:
+    """The lines of a pass that have this slot. Or all M, which is a number that a compiler knows, and which of them."""
+    lines = torch.arange(M, device=starts.device)
+    if torch.compiler.is_compiling():
+        return lines, (lines >= starts[slot]) & (lines < starts[slot + 1])
+    return lines[int(starts[slot]) : int(starts[slot + 1])], None
+
+
+def _as_column(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (like.ndim - 1))
 
 
 def _leading(module: nn.Module, x: Tensor) -> int:

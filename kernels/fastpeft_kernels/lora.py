@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference
+from fastpeft_kernels.checks import check_frozen_linear
 from fastpeft_kernels.dispatch import check_torch_product, current_product, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, dropout_scale, fresh_mask
 from fastpeft_kernels.low_rank import FEW_ROWS
@@ -115,14 +116,9 @@ def autocast_operands(x: Tensor, *others: Any) -> tuple[Any, ...]:
 
 def check_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
     _check_pair(x, A, B, N=W.shape[0])
-    if W.ndim != 2 or W.shape[1] != x.shape[-1] or W.dtype != x.dtype:
-        raise ValueError(
-            f"W must be (N, K) = (N, {x.shape[-1]}) of x's dtype {x.dtype}; got {tuple(W.shape)} of {W.dtype}"
-        )
-    if W.requires_grad:
-        raise ValueError("lora_linear has no gradient for W: freeze it, or add the low-rank part with lora_add")
-    if bias is not None and (bias.shape != (W.shape[0],) or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be ({W.shape[0]},) of {x.dtype}; got {tuple(bias.shape)} of {bias.dtype}")
+    check_frozen_linear(
+        x, W, bias, "lora_linear has no gradient for W: freeze it, or add the low-rank part with lora_add"
+    )
 
 
 def _check_pair(x: Tensor, A: Tensor, B: Tensor, N: int) -> None:

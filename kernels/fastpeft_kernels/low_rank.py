@@ -32,9 +32,9 @@ def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is None and _is_one_tile(x, A, shape):
         return torch.mm(_widened(x, A.dtype), A.t()).mul_(scale)
     S = torch.zeros((x.shape[0], A.shape[0]), dtype=_sum_dtype(A), device=x.device)
-    for A_block, tiles in zip(_split(A, columns, dim=1), _tiles(x, mask, A.dtype, shape), strict=True):
+    for A_block, tiles in zip(split(A, columns, dim=1), _tiles(x, mask, A.dtype, shape), strict=True):
         A_block = A_block.contiguous()
-        for S_rows, tile in zip(_split(S, rows), tiles, strict=True):
+        for S_rows, tile in zip(split(S, rows), tiles, strict=True):
             accumulate_(S_rows, tile, A_block)
     return S.mul_(scale).to(A.dtype)
 
@@ -47,8 +47,8 @@ def outer(x: Tensor, S: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and _is_one_tile(x, S, shape):
         return torch.mm(S.t(), _widened(x, S.dtype))
     total = torch.zeros((S.shape[1], x.shape[1]), dtype=_sum_dtype(S), device=x.device)
-    St = [part.t().contiguous() for part in _split(S, rows)]
-    for total_block, tiles in zip(_split(total, columns, dim=1), _tiles(x, mask, S.dtype, shape), strict=True):
+    St = [part.t().contiguous() for part in split(S, rows)]
+    for total_block, tiles in zip(split(total, columns, dim=1), _tiles(x, mask, S.dtype, shape), strict=True):
         for St_rows, tile in zip(St, tiles, strict=True):
             accumulate_(total_block, St_rows, tile.t())
     return total.to(S.dtype)
@@ -64,11 +64,11 @@ def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tenso
         return torch.mm(tile, B).mul_(scale), torch.mm(S.t(), tile).t().contiguous()
     dS = torch.zeros_like(S, dtype=_sum_dtype(S))
     dB = torch.zeros((S.shape[1], dout.shape[1]), dtype=_sum_dtype(S), device=S.device)
-    St = [part.t().contiguous() for part in _split(S, rows)]
-    blocks = zip(_split(B, columns), _split(dB, columns, dim=1), _tiles(dout, None, S.dtype, shape), strict=True)
+    St = [part.t().contiguous() for part in split(S, rows)]
+    blocks = zip(split(B, columns), split(dB, columns, dim=1), _tiles(dout, None, S.dtype, shape), strict=True)
     for B_block, dB_block, tiles in blocks:
         Bt_block = B_block.t().contiguous()
-        for dS_rows, St_rows, tile in zip(_split(dS, rows), St, tiles, strict=True):
+        for dS_rows, St_rows, tile in zip(split(dS, rows), St, tiles, strict=True):
             accumulate_(dS_rows, tile, Bt_block)
             accumulate_(dB_block, St_rows, tile.t())
     return dS.mul_(scale).to(S.dtype), dB.t().contiguous().to(S.dtype)
@@ -107,7 +107,8 @@ def row_chunks(M: int, columns: int, tile: int | None = None) -> Iterator[slice]
     return (slice(start, start + rows) for start in range(0, M, rows))
 
 
-def _split(t: Tensor, size: int, dim: int = 0) -> tuple[Tensor, ...]:
+def split(t: Tensor, size: int, dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of t, `size` long in `dim`, the last one perhaps shorter."""
     if t.shape[dim] <= size:
         return (t,)  # the usual case, and torch's own split is slow Python
     return t.split(size, dim)  # type: ignore[no-untyped-call,no-any-return]
@@ -134,11 +135,11 @@ def _tiles(x: Tensor, mask: Tensor | None, dtype: torch.dtype, shape: tuple[int,
     """
     rows, columns = shape
     if mask is None:
-        for block in _split(x, columns, dim=1):
-            yield (_widened(tile, dtype) for tile in _split(block, rows))
+        for block in split(x, columns, dim=1):
+            yield (_widened(tile, dtype) for tile in split(block, rows))
         return
-    for block, bits in zip(_split(x, columns, dim=1), _split(mask, columns // MASK_BITS, dim=1), strict=True):
-        pairs = zip(_split(block, rows), _split(bits, rows), strict=True)
+    for block, bits in zip(split(x, columns, dim=1), split(mask, columns // MASK_BITS, dim=1), strict=True):
+        pairs = zip(split(block, rows), split(bits, rows), strict=True)
         yield (_widened(_dropped(tile, tile_bits), dtype) for tile, tile_bits in pairs)
 
 

@@ -18,27 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft_kernels.low_rank import FEW_ROWS, expand_, outer, output_pass, row_chunks, shrink
-from fastpeft_kernels.masks import KEEP_LEVELS, apply_mask, draw_mask, keep_level, mask_words
-
-__all__ = [
-    "KEEP_LEVELS",
-    "apply_mask",
-    "draw_mask",
-    "dropout",
-    "expand_",
-    "keep_level",
-    "lora_add",
-    "lora_add_backward",
-    "lora_group",
-    "lora_group_backward",
-    "lora_linear",
-    "lora_linear_backward",
-    "lora_linear_of_few",
-    "mask_words",
-    "outer",
-    "output_pass",
-    "shrink",
-]
+from fastpeft_kernels.masks import apply_mask
 
 
 def dropout(x: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,8 @@ takes what:
 P is the largest number of entries that a row has, 1 in all but weighted batches. S is kept by entry, (P, M, R): line e
 of pass p belongs to row rows[p, e], columns past its slot's rank are zero, lines without an entry too.
 
-Slot by slot: the rows of a slot are a slice where they follow one another, else a part of one gathered copy.
+Slot by slot: the rows of a slot are a slice where they follow one another, else a part of one gathered copy. Small
+batches whose slots have equally many rows, in order, go through batched products instead (routed_even).
 """
 
 import functools
@@ -22,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels import low_rank
+from fastpeft_kernels import low_rank, routed_even
 from fastpeft_kernels.reference import add_dx_
 
 FEW_ROWS = 256  # a batch of so few rows is bound by torch's operators: two a slot
+KEPT_ROWS = 4096  # up to so many, a pass is looked up faster than it is made
 
 
 class Segment(NamedTuple):
@@ -53,6 +55,8 @@ class _Pass:
         self.are_slices = all(order[s.end - 1] - order[s.begin] == s.end - s.begin - 1 for s in segments)
         self.slices = [slice(order[s.begin], order[s.begin] + s.end - s.begin) for s in segments]
         self.in_order = self.are_slices and all(i == row for i, row in enumerate(order[: self.entries]))
+        whole = self.in_order and self.entries == len(order)
+        self.is_even = whole and len({end - begin for _, begin, end in segments}) == 1
 
     def take(self, t: Tensor | None) -> Iterator[Tensor | None]:
         """The rows of t that each segment has, until the next segment is asked for."""
@@ -77,12 +81,24 @@ class _Pass:
 
 def _passes(rows: Tensor, starts: Tensor) -> list[_Pass]:
     lines = zip(rows.tolist(), starts.tolist(), strict=True)
-    if rows.shape[1] > FEW_ROWS:
+    if rows.shape[1] > KEPT_ROWS:
         return [_Pass(order, line, rows.device) for order, line in lines]
     return [_kept_pass(tuple(order), tuple(line), rows.device) for order, line in lines]
 
 
 _kept_pass = functools.lru_cache(64)(_Pass)  # decoding asks for the same one in every layer
+
+
+def _even(passes: Sequence[_Pass], t: Tensor, factors: Sequence[Tensor], rank_dim: int) -> list[int] | None:
+    """The slots of a batch that `routed_even` takes, in its order; None for any other batch. t is x or out."""
+    if len(passes) != 1 or not passes[0].is_even:
+        return None
+    slots = [segment.slot for segment in passes[0].segments]
+    return (
+        slots
+        if routed_even.is_worth_it(t.shape[0], t.shape[1], [factors[slot].shape[rank_dim] for slot in slots])
+        else None
+    )
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -105,8 +121,14 @@ def shrink(
     mask: Tensor | None,
 ) -> Tensor:
     """S: (P, M, R) in the factors' dtype, R the largest rank; x (M, K), factors (r_j, K)."""
+    passes = _passes(rows, starts)
+    slots = _even(passes, x, factors, 0)
+    if slots is not None:
+        narrow = routed_even.shrink(x, [factors[slot] for slot in slots], [scales[slot] for slot in slots], mask)
+        S = _padded(narrow, max(map(len, factors))).unsqueeze(0)
+        return S if weights is None else S.mul_(weights.unsqueeze(2))
     S = _new_S(factors, rows)
-    for S_lines, taken in zip(S, _passes(rows, starts), strict=True):
+    for S_lines, taken in zip(S, passes, strict=True):
         for segment, part, bits in zip(taken.segments, taken.take(x), taken.take(mask), strict=True):
             assert part is not None
             A = factors[segment.slot]
@@ -128,10 +150,17 @@ def shrink_backward(
     """(dx, [dA_j]); dx is empty, of shape (0,), where it is not needed."""
     if weights is not None:
         dS = (dS * weights.unsqueeze(2)).to(dS.dtype)
+    passes = _passes(rows, starts)
+    slots = _even(passes, x, factors, 0)
+    if slots is not None:
+        own = [factors[slot] for slot in slots]
+        its_dS = dS[0, :, : max(map(len, own))]
+        dx, found = routed_even.shrink_backward(its_dS, x, own, [scales[slot] for slot in slots], mask, need_dx)
+        return dx, _of_all(factors, slots, found)
     dAs: list[Tensor | None] = [None] * len(factors)
     dx_dtype = x.dtype if len(rows) == 1 else _wide(x)
     dx = torch.zeros(x.shape if need_dx else 0, dtype=dx_dtype, device=x.device)
-    for dS_lines, taken in zip(dS, _passes(rows, starts), strict=True):
+    for dS_lines, taken in zip(dS, passes, strict=True):
         parts = zip(taken.segments, taken.take(x), taken.take(mask), taken.take(dx if need_dx else None), strict=True)
         for segment, part, bits, dx_part in parts:
             assert part is not None
@@ -152,6 +181,10 @@ def expand(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, sta
 def expand_(out: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor) -> Tensor:
     """`expand` in place."""
     passes = _passes(rows, starts)
+    slots = _even(passes, out, factors, 1)
+    if slots is not None:
+        own = [factors[slot] for slot in slots]
+        return routed_even.expand_(out, S[0, :, : max(B.shape[1] for B in own)], own)
     total = out if len(passes) == 1 else out.to(_wide(out))
     for S_lines, taken in zip(S, passes, strict=True):
         for segment, part in zip(taken.segments, taken.take(total), strict=True):
@@ -166,9 +199,16 @@ def expand_backward(
     dout: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """(dS, [dB_j])."""
+    passes = _passes(rows, starts)
+    slots = _even(passes, dout, factors, 1)
+    if slots is not None:
+        own = [factors[slot] for slot in slots]
+        r = max(B.shape[1] for B in own)
+        narrow, found = routed_even.expand_backward(dout, S[0, :, :r], own)
+        return _padded(narrow, S.shape[2]).unsqueeze(0), _of_all(factors, slots, found)
     dS = torch.zeros(S.shape, dtype=S.dtype, device=S.device)
     dBs: list[Tensor | None] = [None] * len(factors)
-    for dS_lines, S_lines, taken in zip(dS, S, _passes(rows, starts), strict=True):
+    for dS_lines, S_lines, taken in zip(dS, S, passes, strict=True):
         for segment, part in zip(taken.segments, taken.take(dout), strict=True):
             assert part is not None
             slot, lines = segment.slot, slice(segment.begin, segment.end)
@@ -342,6 +382,16 @@ def _scaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
 def _new_S(factors: Sequence[Tensor], rows: Tensor) -> Tensor:
     R = max(len(A) for A in factors)
     return torch.zeros((*rows.shape, R), dtype=factors[0].dtype, device=factors[0].device)
+
+
+def _padded(S: Tensor, R: int) -> Tensor:
+    return S if S.shape[1] == R else F.pad(S, (0, R - S.shape[1]))
+
+
+def _of_all(factors: Sequence[Tensor], slots: Sequence[int], found: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of some slots' factors, and zeros for the others."""
+    grads: dict[int, Tensor] = dict(zip(slots, found, strict=True))
+    return [grads[slot] if slot in grads else factor.new_zeros(factor.shape) for slot, factor in enumerate(factors)]
 
 
 def _sum(total: Tensor | None, more: Tensor) -> Tensor:

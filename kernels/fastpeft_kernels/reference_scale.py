@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpeft_kernels.low_rank import split
+from fastpeft_kernels.scratch import scratch
+
 TILE = 1 << 17  # elements: 512 KB once widened to fp32, so that two of them stay in a second-level cache
 FEWEST_ROWS, MOST_ROWS = 64, 256  # of a tile: each adds a row to the planes of dscale, and longer sums are noisier
 PRODUCT_ROWS = 512  # of a base product: enough for the full speed of torch.mm
@@ -41,8 +44,8 @@ def scale_linear(x: Tensor, scale: Tensor, W: Tensor, bias: Tensor | None) -> Te
     if M <= PRODUCT_ROWS:
         return F.linear(scale_columns(x, scale), W, bias)
     out = torch.empty((M, W.shape[0]), dtype=x.dtype, device=x.device)
-    buffer = torch.empty((PRODUCT_ROWS, K), dtype=x.dtype, device=x.device)
-    for x_rows, out_rows in zip(_split(x, PRODUCT_ROWS), _split(out, PRODUCT_ROWS), strict=True):
+    buffer = torch.empty((PRODUCT_ROWS, K), dtype=x.dtype, device=x.device)  # too large to be kept between calls
+    for x_rows, out_rows in zip(split(x, PRODUCT_ROWS), split(out, PRODUCT_ROWS), strict=True):
         scaled = _scale_into(buffer[: len(x_rows)], x_rows, scale)
         if bias is None:
             torch.mm(scaled, W.t(), out=out_rows)
@@ -84,8 +87,8 @@ def _scale_into(out: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     if x.numel() <= TILE:
         return out.copy_(_scale_tile(x, scale))
     rows = _tile_rows(x)
-    buffer = torch.empty((rows, x.shape[1]), dtype=wide, device=x.device)
-    for x_tile, out_tile in zip(_split(x, rows), _split(out, rows), strict=True):
+    buffer = scratch("scale-tile", (rows, x.shape[1]), wide, x)
+    for x_tile, out_tile in zip(split(x, rows), split(out, rows), strict=True):
         out_tile.copy_(buffer[: len(x_tile)].copy_(x_tile).mul_(scale))
     return out
 
@@ -94,7 +97,7 @@ def _gradients(dout: Tensor, x: Tensor | None, scale: Tensor, dx: Tensor | None)
     """dx = dout · scale where `dx` is given; returns the planes of Σ_m dout · x, one a tile: (tiles, N)."""
     wide, rows, (M, N) = _wide_dtype(dout, scale), _tile_rows(dout), dout.shape
     scale = scale.reshape(-1).to(wide)
-    d_buffer, x_buffer = torch.empty((2, min(rows, M), N), dtype=wide, device=dout.device)
+    d_buffer, x_buffer = scratch("scale-tile", (2, min(rows, M), N), wide, dout)
     planes = torch.empty((0 if x is None else -(-M // rows), N), dtype=wide, device=dout.device)
     for i, start in enumerate(range(0, M, rows)):
         tile = slice(start, start + rows)
@@ -119,7 +122,3 @@ def _sum_planes(planes: Tensor, scale: Tensor) -> Tensor:
 
 def _tile_rows(x: Tensor) -> int:
     return max(FEWEST_ROWS, min(MOST_ROWS, TILE // max(x.shape[1], 1)))
-
-
-def _split(t: Tensor, rows: int) -> tuple[Tensor, ...]:
-    return t.split(rows)  # type: ignore[no-untyped-call,no-any-return]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference_scale as reference
+from fastpeft_kernels.checks import check_frozen_linear
 from fastpeft_kernels.dispatch import no_autocast, use_triton
 
 
@@ -62,16 +63,9 @@ def scale_linear(x: Tensor, scale: Tensor, W: Tensor, bias: Tensor | None = None
         ValueError: shapes or dtypes do not fit, or W is to be trained.
     """
     _check_scale(x, scale)
-    if W.ndim != 2 or W.shape[1] != x.shape[-1] or W.dtype != x.dtype:
-        raise ValueError(
-            f"W must be (N, K) = (N, {x.shape[-1]}) of x's dtype {x.dtype}; got {tuple(W.shape)} of {W.dtype}"
-        )
-    if W.requires_grad:
-        raise ValueError(
-            "scale_linear has no gradient for W: freeze it, or call the layer with scale_columns(x, scale)"
-        )
-    if bias is not None and (bias.shape != (W.shape[0],) or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be ({W.shape[0]},) of {x.dtype}; got {tuple(bias.shape)} of {bias.dtype}")
+    check_frozen_linear(
+        x, W, bias, "scale_linear has no gradient for W: freeze it, or call the layer with scale_columns(x, scale)"
+    )
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor
     if torch.compiler.is_compiling():

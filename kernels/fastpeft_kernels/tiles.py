@@ -162,6 +162,14 @@ def row_bands(M: int, column_blocks: int, BLOCK_M: int) -> tuple[int, int]:
     return max(1, _cdiv(M, rows)), rows
 
 
+def split_columns(M: int, K: int, t: Tile) -> tuple[int, int, int]:
+    """(row blocks, splits of K, columns of each split) of a pass over M rows that sums over K."""
+    row_blocks = _cdiv(M, t.BLOCK_M)
+    splits = max(1, min(SPLIT_K_BELOW // max(row_blocks, 1), MOST_SPLITS, _cdiv(K, 4 * t.BLOCK_C)))
+    k_per_split = _cdiv(_cdiv(K, splits), t.BLOCK_C) * t.BLOCK_C
+    return row_blocks, _cdiv(K, k_per_split), k_per_split
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -10,7 +10,8 @@ from lora_operands import BACKENDS, DTYPES, LAYOUTS, SHAPES, leaves, operands, r
 from numerics import assert_as_close_as_torch
 from torch import Tensor
 
-from fastpeft_kernels import backend, dora, dora_linear, dora_norm, product, reference
+from fastpeft_kernels import backend, dora, dora_linear, dora_norm, product
+from fastpeft_kernels.masks import apply_mask, draw_mask
 
 
 def eager_dora(
@@ -153,8 +154,8 @@ def test_dropout_uses_one_mask_in_forward_and_backward(path, dtypes, device, mon
     gradient here. (With dropout, PEFT widens x and W to the adapter's dtype for this product.)
     """
     t = dora_operands((66, 70, 36, 8), dtypes, device)
-    mask = reference.draw_mask(66, 70, 0.4, torch.device(device))
-    keep = reference.apply_mask(torch.ones(66, 70, device=device), mask)
+    mask = draw_mask(66, 70, 0.4, torch.device(device))
+    keep = apply_mask(torch.ones(66, 70, device=device), mask)
     monkeypatch.setattr(dora, "draw_mask", lambda x, p: mask)
 
     def masked(x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, s: float) -> Tensor:
@@ -246,7 +247,7 @@ def test_backward_inside_autocast_stays_accurate(device):
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "dropout"])
 def test_opcheck(path, masked, device):
     t = dora_operands((6, 40, 36, 4), (torch.float32, torch.float32), device)
-    mask = reference.draw_mask(6, 40, 0.3, torch.device(device)) if masked else None
+    mask = draw_mask(6, 40, 0.3, torch.device(device)) if masked else None
     x, W, A, B, magnitude, dout, y = (t[key].detach() for key in ("x", "W", "A", "B", "magnitude", "dout", "out"))
     S, norm, scales = torch.randn(6, 4, device=device), torch.rand(36, device=device) + 1, (0.7, 1.5 if masked else 1.0)
     trained = (t["x"], W, t["bias"], t["A"], t["B"], t["magnitude"])

@@ -9,8 +9,10 @@ import functools
 
 import pytest
 import torch
+from test_budget import assert_predicted
 
-from fastpeft.benchmark.budget import by_kind, count_group, plane_bytes
+from fastpeft.benchmark.budget import by_kind, count_group
+from fastpeft.benchmark.prediction import plane_bytes, predict
 from fastpeft_kernels.dispatch import interpreting
 from fastpeft_kernels.gpu import _lora_group as gpu
 
@@ -43,7 +45,10 @@ def test_bytes_and_launches_of_a_group(Ns, r, dropout, adapters):
     forward, backward = counted(M, K, Ns, r, dropout, adapters)
     moved = by_kind(forward, backward)
     assert moved.wide == budget(Ns, dropout)
-    assert moved.planes <= sum(plane_bytes(M, K, N, r, adapters) for N in Ns)
+    assert moved.planes == plane_bytes(M, K, Ns, r, adapters)
+    assert moved.planes <= sum(plane_bytes(M, K, [N], r, adapters) for N in Ns)
+    if adapters == torch.float32:
+        assert_predicted((forward, backward), predict(M, K, Ns, r, dropout))
     assert moved.factors <= sum(20 * M * r + 12 * r * (K + N) for N in Ns) + 64  # as much as the layers one by one
     assert len(names(forward)) <= 3 * len(Ns), names(forward)
     assert len(names(backward)) <= 4 * len(Ns), names(backward)
@@ -67,7 +72,8 @@ def test_x_is_read_once_each_way(Ns, r, dropout):
 
 @pytest.mark.parametrize("rows", [1, 65])
 def test_few_rows_split_k_at_no_launch_more(rows):
-    forward, _ = count_group(rows, 384, QKV, 16)
+    forward, backward = count_group(rows, 384, QKV, 16)
+    assert_predicted((forward, backward), predict(rows, 384, QKV, 16))
     assert names(forward) == ["_group_shrink_kernel", *["_expand_kernel"] * 3]
 
 

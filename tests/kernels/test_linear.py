@@ -12,9 +12,10 @@ from test_lora import leaves, linear_inputs, operands, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpeft_kernels import backend, lora_linear, product, reference, tiles
+from fastpeft_kernels import backend, lora_linear, product, tiles
 from fastpeft_kernels.gpu import linear as gpu
 from fastpeft_kernels.gpu import lora as gpu_lora
+from fastpeft_kernels.masks import apply_mask, draw_mask
 from fastpeft_kernels.tiles import LINEAR_TILES, linear_tile, linear_tiles, product_of, sum_class
 
 SHAPES = [(1, 8, 8, 1), (130, 72, 264, 16), (67, 200, 136, 20), (5, 64, 40, 32)]  # M, K, N, r: no multiples of tiles
@@ -44,7 +45,7 @@ def parts(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dty
 
 def eager(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
     low = F.linear(S, B)
-    return (F.linear(x, W, bias) + (low if mask is None else reference.apply_mask(low, mask))).to(x.dtype)
+    return (F.linear(x, W, bias) + (low if mask is None else apply_mask(low, mask))).to(x.dtype)
 
 
 def check(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, mask: Tensor | None = None, **tile: Any):
@@ -64,14 +65,14 @@ def check(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, mask:
 def test_as_close_to_fp64_as_torch(shape, dtypes, orientation, masked, device):
     """W's rows contiguous as in the forward, its columns as for dx."""
     x, W, bias, S, B = parts(shape, dtypes, device)
-    mask = reference.draw_mask(shape[0], shape[2], 0.4, torch.device(device)) if masked else None
+    mask = draw_mask(shape[0], shape[2], 0.4, torch.device(device)) if masked else None
     check(x, W if orientation == "rows" else W.t().contiguous().t(), None if masked else bias, S, B, mask)
 
 
 @pytest.mark.parametrize("r", [33, 64])
 def test_ranks_of_several_blocks(r, device):
     x, W, bias, S, B = parts((70, 64, 136, r), DTYPES[0], device)
-    check(x, W, bias, S, B, reference.draw_mask(70, 136, 0.4, torch.device(device)))
+    check(x, W, bias, S, B, draw_mask(70, 136, 0.4, torch.device(device)))
 
 
 @pytest.mark.parametrize("tile", LINEAR_TILES[9], ids="{0.BLOCK_M}x{0.BLOCK_N}".format)

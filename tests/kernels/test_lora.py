@@ -22,7 +22,8 @@ from numerics import assert_as_close_as_torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastpeft_kernels import backend, dropout, lora, lora_add, lora_linear, low_rank, reference
+from fastpeft_kernels import backend, dropout, lora, lora_add, lora_linear, low_rank
+from fastpeft_kernels.masks import apply_mask, draw_mask
 
 
 def linear_inputs(t: dict[str, Any]) -> tuple[Any, ...]:
@@ -164,12 +165,12 @@ def test_sums_over_many_rows_do_not_lose_the_last_ones(narrow, device):
     """16-bit adapters: entries of one sign over many row chunks, where a 16-bit running sum stands still."""
     M, K, r = 8192, 32, 4
     x, S = (torch.randn(M, size, device=device).mul_(0.1).add_(1.0).to(narrow) for size in (K, r))
-    mask = reference.draw_mask(M, K, 0.1, torch.device(device))
-    dropped = reference.apply_mask(x, mask)
+    mask = draw_mask(M, K, 0.1, torch.device(device))
+    dropped = apply_mask(x, mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(low_rank, "TILE", 64 * K)  # the smallest tiles, as for wide layers
-        dA = reference.outer(x, S, mask)
-        _, dB = reference.output_pass(x.float(), S.new_zeros(K, r), S, 1.0)
+        dA = low_rank.outer(x, S, mask)
+        _, dB = low_rank.output_pass(x.float(), S.new_zeros(K, r), S, 1.0)
     exact = S.double().t() @ dropped.double()
     assert_as_close_as_torch("dA", dA, S.t() @ dropped, exact)
     assert_as_close_as_torch("dB", dB.t(), S.t() @ x, S.double().t() @ x.double())
@@ -250,7 +251,7 @@ def test_backward_inside_autocast_stays_accurate(name, device):
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "dropout"])
 def test_opcheck(path, masked, device):
     t = operands((6, 40, 36, 4), (torch.float32, torch.float32), device)
-    mask = reference.draw_mask(6, 40, 0.3, torch.device(device)) if masked else None
+    mask = draw_mask(6, 40, 0.3, torch.device(device)) if masked else None
     S = torch.randn(6, 4, device=device)
     x, W, A, B, dout = (t[key].detach() for key in ("x", "W", "A", "B", "dout"))
     with backend(path):

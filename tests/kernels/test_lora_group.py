@@ -10,8 +10,9 @@ from lora_operands import BACKENDS, DTYPES, LAYOUTS, eager_add, eager_linear, op
 from numerics import assert_as_close_as_torch
 from torch import Tensor
 
-from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear, product, reference
+from fastpeft_kernels import LoraOperands, backend, lora_group, lora_linear, product
 from fastpeft_kernels.lora_group import _lora_group, _lora_group_backward
+from fastpeft_kernels.masks import apply_mask, draw_mask
 
 lora_group_module = importlib.import_module("fastpeft_kernels.lora_group")  # the package's name is the function's
 
@@ -102,12 +103,12 @@ def check_with_masks(path, shape, ranks, ps, dtypes, device, monkeypatch):
     """The op, with a mask of our own for each member whose p is 0.4, against the formula with that mask."""
     x, members, douts = make_group(*shape, dtypes, device, ranks)
     members = [member._replace(dropout_p=p) for member, p in zip(members, ps, strict=True)]
-    masks = [reference.draw_mask(*shape, p, torch.device(device)) if p else None for p in ps]
+    masks = [draw_mask(*shape, p, torch.device(device)) if p else None for p in ps]
     drawn = [mask for mask in masks if mask is not None]
     assert not any(torch.equal(mask, other) for i, mask in enumerate(drawn) for other in drawn[:i])
     monkeypatch.setattr(lora_group_module, "draw_mask", lambda x, p, copies: torch.cat(drawn))
     ones = torch.ones(shape, device=device)
-    keeps = [None if mask is None else reference.apply_mask(ones, mask) for mask in masks]
+    keeps = [None if mask is None else apply_mask(ones, mask) for mask in masks]
 
     def masked(x: Tensor, members: list[LoraOperands]) -> list[Tensor]:
         outs = []
@@ -210,7 +211,7 @@ def test_saved_bytes(device):
 def test_opcheck(path, masked, device):
     x, members, douts = make_group(6, 40, (torch.float32, torch.float32), device)
     Ws, biases, As, Bs = (list(operands) for operands in list(zip(*members, strict=True))[:4])
-    masks = [reference.draw_mask(6, 40, 0.3, torch.device(device)) if masked else x.new_empty(0) for _ in members]
+    masks = [draw_mask(6, 40, 0.3, torch.device(device)) if masked else x.new_empty(0) for _ in members]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     S = torch.randn(6, sum(RANKS), device=device)
     with backend(path):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from fastpeft_kernels import masks, reference
 from fastpeft_kernels.dispatch import interpreting
 from fastpeft_kernels.gpu._lora_backward import input_pass, outer, output_pass
 from fastpeft_kernels.gpu._lora_forward import expand_planes, shrink, shrink_planes
 from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu.dropout import draw_mask
-from fastpeft_kernels.masks import begin_draw
+from fastpeft_kernels.masks import apply_mask, begin_draw
+from fastpeft_kernels.masks import draw_mask as draw_in_torch
 from fastpeft_kernels.tiles import PROGRAMS, ROWS_PER_PLANE, fused_tile, row_bands
 
 DTYPES = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
@@ -50,8 +50,8 @@ def test_input_pass(dtypes, r, masked, device):
     wide, narrow = dtypes
     x, A = torch.randn(M, K, device=device).to(wide), torch.randn(r, K, device=device).to(narrow)
     dS = torch.randn(M, r, device=device).to(narrow)
-    mask = reference.draw_mask(M, K, 0.3, torch.device(device)) if masked else None
-    keep = torch.ones(M, K, device=device) if mask is None else reference.apply_mask(x.new_ones(M, K).float(), mask)
+    mask = draw_in_torch(M, K, 0.3, torch.device(device)) if masked else None
+    keep = torch.ones(M, K, device=device) if mask is None else apply_mask(x.new_ones(M, K).float(), mask)
     dx, planes = input_pass(x, dS, A, mask)
     close(dx, dS.double() @ A.double() * keep)
     (dA,) = sum_planes(planes, dtype=narrow)
@@ -70,7 +70,7 @@ def test_a_mask_drawn_on_the_way_is_the_one_drawn_alone(M, K, r, p, device):
     draw = begin_draw(M, K, p, x.device)
     S = shrink(x, A, draw, 0.5)
     assert torch.equal(draw.mask, alone)
-    close(S, 0.5 * masks.apply_mask(x, alone).double() @ A.double().t())
+    close(S, 0.5 * apply_mask(x, alone).double() @ A.double().t())
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

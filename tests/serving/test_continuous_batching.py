@@ -11,7 +11,7 @@ from transformers import CompileConfig, ContinuousBatchingConfig
 
 from fastpeft import PeftModel, Routing
 from fastpeft.integrations import continuous_batching
-from fastpeft.integrations.continuous_batching import RequestRouter, config_for_adapters
+from fastpeft.integrations.continuous_batching import RequestRouter, config_for_adapters, manager_with_adapters
 
 KINDS = {
     "one": cases.LORA_KINDS[0],
@@ -38,10 +38,7 @@ def model(folders) -> PeftModel:
 def run(model, requests, keys=None, bind=True, config=None, padded=False, **generation):
     """What one manager answers to (prompt, adapter) pairs, in turn if there are `keys`; and what was shared."""
     config = config or cases.batching_config()
-    manager = model.get_base_model().init_continuous_batching(
-        cases.generation_config(**generation), config_for_adapters(config)
-    )
-    router = RequestRouter(manager)
+    manager, router = manager_with_adapters(model.get_base_model(), cases.generation_config(**generation), config)
     manager.warmup()
     manager.batch_processor.model_runner.pad_inputs = padded
     shared = {}
@@ -277,3 +274,12 @@ def test_routing_is_what_the_layers_follow(model):
         routed = model(input_ids=ids, adapter_names=Routing.by_token(["one", "two"], [2, 2])).logits
     assert torch.allclose(active[0, :2], routed[0, :2])
     assert not torch.allclose(active[0, 2:], routed[0, 2:])
+
+
+def test_a_refused_manager_leaves_the_attention_as_it_was(model, monkeypatch):
+    base = model.get_base_model()
+    base.set_attn_implementation("eager")  # which a manager replaces by one that knows pages
+    monkeypatch.setattr(continuous_batching, "RequestRouter", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        manager_with_adapters(base, cases.generation_config(), cases.batching_config())
+    assert base.config._attn_implementation == "eager"

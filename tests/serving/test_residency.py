@@ -276,3 +276,20 @@ def test_another_base_is_refused(tmp_path, maker):
 def test_number_of_slots(count):
     with pytest.raises(ValueError, match="number of slots of at least 1"):
         AdapterSlots(cases.tiny_base(), count)
+
+
+def test_modules_that_cannot_take_a_mixed_batch_are_refused():
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    model = get_peft_model(cases.tiny_base(), config)
+    slots = AdapterSlots(cases.tiny_base(), 1)
+    with pytest.raises(NotImplementedError, match="modules_to_save has a LlamaRMSNorm"):
+        slots.load(0, AdapterWeights(config, get_peft_model_state_dict(model)))
+
+
+def test_merged_and_disabled_adapters_are_refused():
+    model = get_peft_model(cases.tiny_base(), LoraConfig(target_modules=["q_proj"]))
+    with model.disable_adapter(), pytest.raises(ValueError, match="q_proj are disabled"):
+        AdapterSlots(model, 1)
+    model.base_model.merge_adapter()
+    with pytest.raises(ValueError, match=r"q_proj are merged \(default\)"):
+        AdapterSlots(model, 1)

@@ -161,7 +161,7 @@ def _mask(x: Tensor, ps: Sequence[float], rows: Tensor, starts: Tensor) -> Tenso
 
 def _add_alone(layer: Any, name: str, tables: RoutingTables, base: Tensor, out: Tensor, x: Tensor) -> Tensor:
     """out with one adapter, through its own modules, on the rows that take it."""
-    (order,), (bounds,), weights = tables  # one adapter, one pass
+    order, bounds, weights = tables.rows[0], tables.starts[0], tables.weights  # one adapter is in the first pass
     count = int(bounds[1])
     if not count:
         return out

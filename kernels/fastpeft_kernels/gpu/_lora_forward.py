@@ -13,7 +13,7 @@ from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, rou
 from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu.dropout import drawn
 from fastpeft_kernels.masks import Draw, written
-from fastpeft_kernels.tiles import MOST_SPLITS, SPLIT_K_BELOW, Tile, tile
+from fastpeft_kernels.tiles import split_columns, tile
 
 
 @triton.jit
@@ -49,14 +49,6 @@ def _shrink_kernel(
         acc = exact_product(x, a, acc)
     s_ptrs = s_ptr + (split * M + offs_m)[:, None] * r + offs_r[None, :]
     tl.store(s_ptrs, round_to(acc * scale, s_ptr.dtype.element_ty), mask=mask_m & mask_r[None, :])
-
-
-def split_columns(M: int, K: int, t: Tile) -> tuple[int, int, int]:
-    """(row blocks, splits of K, columns of each split) of a pass over x that sums over K."""
-    row_blocks = triton.cdiv(M, t.BLOCK_M)
-    splits = max(1, min(SPLIT_K_BELOW // max(row_blocks, 1), MOST_SPLITS, triton.cdiv(K, 4 * t.BLOCK_C)))
-    k_per_split = triton.cdiv(triton.cdiv(K, splits), t.BLOCK_C) * t.BLOCK_C
-    return row_blocks, triton.cdiv(K, k_per_split), k_per_split
 
 
 def shrink_planes(x: Tensor, A: Tensor, mask: Tensor | Draw | None, scale: float) -> Tensor:

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft_kernels.gpu._lora_backward import input_pass, outer_planes
-from fastpeft_kernels.gpu._lora_forward import expand, shrink, shrink_planes, split_columns
+from fastpeft_kernels.gpu._lora_forward import expand, shrink, shrink_planes
 from fastpeft_kernels.gpu._numerics import exact_product, keep, kept, product_for, round_to
 from fastpeft_kernels.gpu._planes import store_plane
-from fastpeft_kernels.tiles import GroupKernel, GroupTile, group_launches, group_tile, row_bands
+from fastpeft_kernels.tiles import GroupKernel, GroupTile, group_launches, group_tile, row_bands, split_columns
 
 SLOTS = 3  # members that a kernel has arguments for
 

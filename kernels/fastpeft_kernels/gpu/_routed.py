@@ -25,10 +25,9 @@ from fastpeft_kernels.gpu._bank import (
     load_factor,
     load_scale,
 )
-from fastpeft_kernels.gpu._lora_forward import split_columns
 from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, round_to
 from fastpeft_kernels.gpu._planes import store_plane
-from fastpeft_kernels.tiles import routed_tile, row_bands
+from fastpeft_kernels.tiles import routed_tile, row_bands, split_columns
 
 SUM_BLOCK = 1024  # elements of a gradient that a program sums over planes
 

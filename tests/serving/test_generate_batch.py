@@ -1,0 +1,113 @@
+"""generate_batch with an adapter per prompt."""
+
+import pytest
+import serving_cases as cases
+import torch
+
+from fastpeft import PeftModel
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root, maker = tmp_path_factory.mktemp("adapters"), cases.AdapterMaker()
+    return [maker.save(root / str(i), i, kind) for i, kind in enumerate(cases.LORA_KINDS)]
+
+
+@pytest.fixture
+def model(folders):
+    model = PeftModel.from_pretrained(cases.tiny_base(), folders[0], adapter_name="0")
+    for i, folder in enumerate(folders[1:], 1):
+        model.load_adapter(folder, str(i))
+    return model
+
+
+def test_each_prompt_takes_its_adapter(model, folders):
+    prompts = cases.prompts(18, shared=8)
+    names = [(*"01234", None)[i % 6] for i in range(18)]
+    model.train()  # generation is in eval mode all the same
+    outputs = model.generate_batch(
+        prompts, cases.generation_config(), cases.batching_config(), adapter_names=names, progress_bar=False
+    )
+    assert [output.prompt_ids for output in outputs.values()] == prompts, "in the order of the prompts"
+    oracle = cases.Alone()
+    answers = [output.generated_tokens for output in outputs.values()]
+    for i in range(6):
+        assert answers[i::6] == oracle.answers(folders[i] if i < 5 else None, prompts[i::6]), i
+
+
+def test_weights_and_base(model):
+    prompt = cases.prompts(1)[0]
+    rows = [{"0": 0.5, "1": 0.5}, {"0": 1.0}, "0", "__base__", None]
+    outputs = model.generate_batch(
+        [prompt] * 5, cases.generation_config(), cases.batching_config(), adapter_names=rows, max_new_tokens=4
+    )
+    mixed, weighted, plain, base, none = (output.generated_tokens for output in outputs.values())
+    assert weighted == plain
+    assert base == none
+    ids = torch.tensor([prompt])
+    for adapter, answer in ((rows[0], mixed), ("0", plain), ("__base__", base)):
+        config = cases.generation_config(max_new_tokens=4)
+        want = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, adapter_names=[adapter]
+        )
+        assert answer == want[0, len(prompt) :].tolist()
+
+
+def test_several_answers_to_a_prompt(model):
+    prompts = cases.prompts(3)
+    config = cases.generation_config(do_sample=True, top_k=1, num_return_sequences=2)
+    outputs = model.generate_batch(prompts, config, cases.batching_config(), adapter_names=["0", "1", None])
+    answers = [output.generated_tokens for output in outputs.values()]
+    assert answers[0::2] == answers[1::2]
+    assert len(outputs) == 6
+
+
+def test_a_manager_that_is_kept_does_not_keep_old_weights(model, folders):
+    """The cache outlives the call; an adapter that was changed meanwhile must not find its old blocks."""
+    prompt = cases.prompts(1, shared=12)[0]
+    options = {"adapter_names": ["0"], "persistent_manager": True}
+    config = cases.generation_config(), cases.batching_config()
+    [first] = model.generate_batch([prompt], *config, **options).values()
+    [again] = model.generate_batch([prompt], *config, **options).values()
+    assert first.generated_tokens == again.generated_tokens
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".0." in name and "lora_B" in name:
+                parameter.mul_(-1)
+    [changed] = model.generate_batch([prompt], *config, **options).values()
+    model.get_base_model().destroy_cached_continuous_batching_manager()
+    [fresh] = model.generate_batch([prompt], *config, adapter_names=["0"]).values()
+    assert changed.generated_tokens == fresh.generated_tokens != first.generated_tokens
+
+
+def test_without_names_it_is_that_of_transformers(model, folders):
+    prompts = cases.prompts(3)
+    model.set_adapter("1")
+    outputs = model.generate_batch(prompts, cases.generation_config(), cases.batching_config(), max_new_tokens=3)
+    answers = [output.generated_tokens for output in outputs.values()]
+    assert answers == [answer[:3] for answer in cases.Alone().answers(folders[1], prompts)]
+
+
+def test_arguments(model):
+    call = {"generation_config": cases.generation_config(), "continuous_batching_config": cases.batching_config()}
+    with pytest.raises(ValueError, match=r"one entry a prompt: expected 2, got \['0'\]"):
+        model.generate_batch([[5], [6]], adapter_names=["0"], **call)
+    with pytest.raises(ValueError, match="one entry a prompt: expected 1, got '0'"):
+        model.generate_batch([[5]], adapter_names="0", **call)
+    with pytest.raises(ValueError, match=r"no adapter \['nobody'\]"):
+        model.generate_batch([[5]], adapter_names=["nobody"], **call)
+    with pytest.raises(TypeError, match=r"does not know \['temprature'\]"):
+        model.generate_batch([[5]], adapter_names=["0"], temprature=1.0, **call)
+    assert model.generate_batch([], adapter_names=[], **call) == {}
+    model.base_model.merge_adapter(["0"])
+    with pytest.raises(ValueError, match=r"cannot be used while \['0'\] are merged"):
+        model.generate_batch([[5]], adapter_names=["1"], **call)
+
+
+def test_a_generation_that_breaks_down(model, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.get_base_model().model, "forward", fail)
+    with pytest.raises(RuntimeError, match=r"broke down .*out of memory"):
+        model.generate_batch([[5]], cases.generation_config(), cases.batching_config(), adapter_names=["0"])
