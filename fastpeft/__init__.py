@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fastpeft.peft_model import PeftModel as PeftModel
     from fastpeft.recompute import recompute_mlp as recompute_mlp
     from fastpeft.routing import Routing as Routing
-    from fastpeft.routing import routed as routed
+    from fastpeft.routing_scope import routed as routed
     from fastpeft.status import get_layer_status as get_layer_status
     from fastpeft.status import get_model_status as get_model_status
     from fastpeft.tuners.ia3 import IA3Config as IA3Config
@@ -94,7 +94,8 @@ _import_name, __all__ = lazy_names(
         ],
         "fastpeft.peft_model": ["PeftModel"],
         "fastpeft.recompute": ["recompute_mlp"],
-        "fastpeft.routing": ["Routing", "routed"],
+        "fastpeft.routing": ["Routing"],
+        "fastpeft.routing_scope": ["routed"],
         "fastpeft.status": ["get_layer_status", "get_model_status"],
         "fastpeft.tuners.ia3": ["IA3Config", "IA3Model"],
         "fastpeft.tuners.lora": ["LoraConfig", "LoraModel"],

@@ -194,7 +194,7 @@ class _GeneratingModel(_TaskModel):
         base: Any = self.get_base_model()
         if "generation_config" in self.__dict__:
             base.generation_config = self.generation_config
-        with self._enable_peft_forward_hooks(*args, **({"generation_config": base.generation_config} | kwargs)):
+        with self._enable_peft_forward_hooks(**self._generation_options(args, kwargs)):
             return base.generate(*args, **self._base_kwargs(kwargs))
 
 

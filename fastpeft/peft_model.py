@@ -21,6 +21,7 @@ from fastpeft.config import PeftConfig
 from fastpeft.model_card import write_model_card
 from fastpeft.persistence import SavedAdapters
 from fastpeft.recognition import recognise_parts, recognised_class
+from fastpeft.routing_scope import is_anothers, is_routed, routed
 from fastpeft.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
@@ -120,8 +121,13 @@ class PeftModel(SavedAdapters, BatchGeneration, nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate with the active adapters; `adapter_names` as in forward."""
-        with self._enable_peft_forward_hooks(*args, **kwargs):
+        with self._enable_peft_forward_hooks(**self._generation_options(args, kwargs)):
             return self.base_model.generate(*args, **self._base_kwargs(kwargs))
+
+    def _generation_options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What of a call of `generate` says how often its rows are repeated, and for which adapters."""
+        positional = {"generation_config": args[1]} if len(args) > 1 else {}
+        return {"model_config": getattr(self.get_base_model(), "generation_config", None)} | positional | kwargs
 
     def _base_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in kwargs.items() if key not in self.special_peft_forward_args}
@@ -129,7 +135,9 @@ class PeftModel(SavedAdapters, BatchGeneration, nn.Module):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """The context in which the tuner honours `special_peft_forward_args`; an empty one where none is given."""
         given = sorted(name for name in self.special_peft_forward_args if kwargs.get(name) is not None)
-        if not given or self._adapters_disabled:
+        if not given and is_anothers(self.get_base_model()):
+            return routed(None)
+        if self._adapters_disabled or not (given or is_routed()):
             return nullcontext()
         if "alora_offsets" in given:
             raise NotImplementedError("alora_offsets belongs to activated LoRA, which is not supported yet")

@@ -1,22 +1,17 @@
 """Batches of mixed adapters: which adapter each row, or each token, takes.
 
 A `Routing` has the names; for every layer it gives the numbers that the routed ops work with (fastpeft_kernels.routed).
-While `routed` lasts, every tuner layer that this thread calls follows it. `model(**batch, adapter_names=[...])` and
-`generate` enter it by themselves.
+How it gets to the layers is in fastpeft.routing_scope; `model(**batch, adapter_names=[...])` and `generate` see to it.
 """
 
 import math
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
-
-from fastpeft.utils.saved_tensors import hooks_around, in_backward, is_checkpoint
+from torch import Tensor
 
 BASE = "__base__"  # this row takes no adapter
 
@@ -40,6 +35,28 @@ class RoutingTables(NamedTuple):
     weights: Tensor | None
 
 
+@dataclass
+class _Kept:
+    """Tables for one shape of batch and one set of slots."""
+
+    tables: RoutingTables
+    bounds: list[list[int]]  # `starts`, for the host
+    ready: Any = None  # the CUDA event after which they are there
+    streams: set[int] = field(default_factory=set)  # those that waited for it
+
+
+@dataclass
+class _Contents:
+    """What a `refill` changes, shared by a routing and its expansions."""
+
+    entries: list[tuple[Entry, ...]]
+    passes: int  # the most adapters of a row that there is room for
+    weighted: bool
+    fills: int = 0
+    kept: dict[Any, _Kept] = field(default_factory=dict)
+    forgot: bool = False  # tables that somebody may still hold
+
+
 class Routing:
     """Which adapter each row of a batch takes. Make one with `by_row` or `by_token`.
 
@@ -54,12 +71,12 @@ class Routing:
         kept: Sequence[int] | None = None,
         names: Sequence[str] = (),
     ) -> None:
-        self.entries = _entries_of_rows(adapters)
-        self.names = tuple(dict.fromkeys([*names, *(entry.name for row in self.entries for entry in row)]))
+        entries = _entries_of_rows(adapters)
+        self.names = tuple(dict.fromkeys([*names, *(entry.name for row in entries for entry in row)]))
         self._lengths = None if lengths is None else list(lengths)
-        self._kept = None if kept is None else torch.as_tensor(kept, device="cpu", dtype=torch.int64)
+        self._kept_tokens = None if kept is None else torch.tensor(kept, device="cpu", dtype=torch.int64)
         self._expansions = frozenset({1})
-        self._tables: dict[Any, RoutingTables] = {}
+        self._contents = _Contents(entries, _passes(entries), _weighted(entries))
 
     @classmethod
     def by_row(cls, adapters: Sequence[RowAdapters], names: Sequence[str] = ()) -> "Routing":
@@ -68,7 +85,8 @@ class Routing:
         Args:
             adapters: for each row the name of an adapter, "__base__" or None for none, or several with their weights:
                 {"a": 0.7, "b": 0.3} adds 0.7 times what a adds, and 0.3 times what b adds.
-            names: adapters that a `refill` may bring in.
+            names: adapters that a `refill` may bring in. In distributed training, all that are trained: their gradients
+                are then made, as zeros, also where a process has no row of theirs.
 
         Raises:
             TypeError, ValueError: that is not what was given.
@@ -85,26 +103,39 @@ class Routing:
             adapters: as in `by_row`, one a sequence.
             lengths: tokens of each sequence; they add up to the tokens of the batch, padding included.
             kept: numbers of the tokens that reach layers behind a selection (a head that computes some logits only).
+                All of them can only be kept in their order.
 
         Raises:
             TypeError, ValueError: that is not what was given.
         """
-        if len(adapters) != len(lengths) or any(length < 0 for length in lengths):
+        whole = [length for length in lengths if isinstance(length, Integral) and length >= 0]
+        if len(adapters) != len(lengths) or len(whole) != len(lengths):
             raise ValueError(
-                f"by_token needs one length of 0 or more for each of the {len(adapters)} sequences, got {lengths}"
+                f"by_token needs one whole length of 0 or more for each of the {len(adapters)} sequences, got "
+                f"{shortened(lengths)}"
             )
-        return cls(adapters, lengths, kept if kept is None else torch.as_tensor(kept).tolist())
+        total = sum(lengths)
+        numbers = None if kept is None else [int(token) for token in kept]
+        if numbers is not None:
+            unordered = len(numbers) == total and numbers != list(range(total))
+            if unordered or not all(0 <= token < total for token in numbers):
+                raise ValueError(
+                    f"kept must name some of the {total} tokens from 0 on, or all in their order; got "
+                    f"{shortened(numbers)}"
+                )
+        return cls(adapters, [int(length) for length in lengths], numbers)
 
     def expanded(self, *factors: int) -> "Routing":
         """The same for a model that may see every row `factor` times in a row: beams, several returned sequences."""
         other = Routing.__new__(Routing)
-        other.__dict__.update(self.__dict__, _expansions=self._expansions.union(factors), _tables={})
+        other.__dict__.update(self.__dict__, _expansions=self._expansions.union(factors))
         return other
 
     def refill(self, adapters: Sequence[RowAdapters]) -> None:
         """Let the rows take other adapters, in the tensors that layers were given already.
 
-        For what keeps these tensors: a CUDA graph replays, and a compiled model runs on, with the new routing.
+        For what keeps these tensors: a CUDA graph replays, and a compiled model runs on, with the new routing. After
+        the backward of a forward, not before it.
 
         Args:
             adapters: one for each row or sequence, as before; names out of `names`, not more of them a row than any row
@@ -112,27 +143,39 @@ class Routing:
 
         Raises:
             TypeError, ValueError: that is not what was given; nothing has changed then.
+            RuntimeError: it was used for so many shapes that some tables were forgotten.
         """
-        entries = _entries_of_rows(adapters)
+        entries, contents = _entries_of_rows(adapters), self._contents
         names = {entry.name for row in entries for entry in row}
-        most, weighted = _passes(self.entries), _weighted(self.entries)
-        if len(entries) != len(self.entries) or not names.issubset(self.names):
+        if len(entries) != len(contents.entries) or not names.issubset(self.names):
             raise ValueError(
-                f"this routing is refilled with {len(self.entries)} rows of {shortened(self.names)}; got "
+                f"this routing is refilled with {len(contents.entries)} rows of {shortened(self.names)}; got "
                 f"{len(entries)} of {shortened(sorted(names))}"
             )
-        if _passes(entries) > most or (_weighted(entries) and not weighted):
+        if _passes(entries) > contents.passes or (_weighted(entries) and not contents.weighted):
+            weights = "with" if contents.weighted else "without"
             raise ValueError(
-                f"this routing has room for {most} adapters a row, {'with' if weighted else 'without'} weights: make "
-                "a new one"
+                f"this routing has room for {contents.passes} adapters a row, {weights} weights: make a new one"
             )
-        for (rows, M, names_here, device), tables in self._tables.items():
-            shape = (rows, M // max(rows, 1))
-            fresh = self._make_tables(entries, shape, names_here, device, len(tables.rows), tables.weights is not None)
-            for old, new in zip(tables, fresh, strict=True):
+        if contents.forgot:
+            raise RuntimeError(f"this routing was used for more than {MOST_TABLES} shapes of batches: make a new one")
+        contents.entries, contents.fills = entries, contents.fills + 1
+        for (rows, M, names_here, device), kept in contents.kept.items():
+            fresh = self._make(rows, M, names_here, device)
+            kept.bounds = fresh.bounds
+            for old, new in zip(kept.tables, fresh.tables, strict=True):
                 if old is not None and new is not None:
-                    old.copy_(new)
-        self.entries = entries
+                    old.copy_(new, non_blocking=True)
+
+    @property
+    def entries(self) -> list[tuple[Entry, ...]]:
+        """The adapters of each row, or of each sequence."""
+        return self._contents.entries
+
+    @property
+    def fills(self) -> int:
+        """How often it was refilled."""
+        return self._contents.fills
 
     @property
     def is_by_row(self) -> bool:
@@ -153,68 +196,84 @@ class Routing:
         Raises:
             ValueError: the batch does not have the rows that this routing is for.
         """
-        key = (shape[0], math.prod(shape), names, device)
-        found = self._tables.get(key)
-        if found is None:
-            if len(self._tables) >= MOST_TABLES:  # a routing that is used for batches of ever new lengths
-                self._tables.clear()
-            with torch.inference_mode(False), torch.no_grad():  # they may be kept for a forward with gradients
-                weighted = _weighted(self.entries)
-                found = self._make_tables(self.entries, shape, names, device, _passes(self.entries), weighted)
-                self._tables[key] = found
-        return found
+        return self._find(shape, names, device).tables
 
-    def _make_tables(
-        self,
-        entries: Sequence[Sequence[Entry]],
-        shape: Sequence[int],
-        names: tuple[str, ...],
-        device: torch.device,
-        passes: int,
-        weighted: bool,
-    ) -> RoutingTables:
+    def bounds(self, shape: Sequence[int], names: tuple[str, ...], device: torch.device) -> list[list[int]]:
+        """The `starts` of `tables`, pass by pass, without a wait for the device."""
+        kept = self._find(shape, names, device)
+        if not kept.bounds:  # they were made while a model was compiled
+            kept.bounds = kept.tables.starts.tolist()
+        return kept.bounds
+
+    def _find(self, shape: Sequence[int], names: tuple[str, ...], device: torch.device) -> _Kept:
+        rows, M, all_kept = shape[0] if len(shape) else 1, math.prod(shape), self._contents.kept
+        self._check_rows(rows, M)
+        key = (rows, M, names, device)
+        kept = all_kept.get(key)
+        if kept is None or _is_of_no_use(kept):
+            if len(all_kept) >= MOST_TABLES:  # a routing that is used for batches of ever new lengths
+                all_kept.clear()
+                self._contents.forgot = True
+            with torch.inference_mode(False), torch.no_grad():  # they may be kept for a forward with gradients
+                kept = self._make(rows, M, names, device)
+            if type(kept.tables.rows) is Tensor:  # a fake one must not outlive its mode
+                all_kept[key] = kept
+        if kept.ready is not None:
+            _wait_for(kept)
+        return kept
+
+    def _make(self, rows: int, M: int, names: tuple[str, ...], device: torch.device) -> _Kept:
+        contents = self._contents
         slots, none = {name: slot for slot, name in enumerate(names)}, len(names)
-        entries = [[entry for entry in row if entry.name in slots] for row in entries]
-        slot = torch.full((passes, len(entries)), none, dtype=torch.int32, device="cpu")
-        weight = torch.ones((passes, len(entries)), dtype=torch.float32, device="cpu")
+        entries = [[entry for entry in row if entry.name in slots and entry.weight] for row in contents.entries]
+        slot = torch.full((contents.passes, len(entries)), none, dtype=torch.int32, device="cpu")
+        weight = torch.ones((contents.passes, len(entries)), dtype=torch.float32, device="cpu")
         for row, own in enumerate(entries):
             for p, entry in enumerate(own):
                 slot[p, row], weight[p, row] = slots[entry.name], entry.weight
-        units = self._unit_of_each_row(shape)
-        slot = slot[:, units]
-        ordered, order = slot.sort(dim=1, stable=True)
-        bounds = torch.arange(none + 1, dtype=torch.int32, device="cpu").expand(passes, -1).contiguous()
+        units = self._unit_of_each_row(M)
+        ordered, order = slot[:, units].sort(dim=1, stable=True)
+        bounds = torch.arange(none + 1, dtype=torch.int32, device="cpu").expand(contents.passes, -1).contiguous()
         starts = torch.searchsorted(ordered, bounds, out_int32=True)
-        weights = weight[:, units].gather(1, order) if weighted else None
-        return RoutingTables(_upload(order.int(), device), _upload(starts, device), _upload(weights, device))
+        weights = weight[:, units].gather(1, order) if contents.weighted else None
+        tables = RoutingTables(upload(order.int(), device), upload(starts, device), upload(weights, device))
+        host_bounds = [] if torch.compiler.is_compiling() else starts.tolist()
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            return _Kept(tables, host_bounds)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "this CUDA graph would be captured with a routing that was never used: run the step once, as a warm-up"
+            )
+        return _Kept(tables, host_bounds, torch.cuda.current_stream(device).record_event())
 
-    def _unit_of_each_row(self, shape: Sequence[int]) -> Tensor:
-        """For each flattened row of a batch the place of its adapters in `entries`: (M,)."""
-        units, M = len(self.entries), math.prod(shape)
+    def _check_rows(self, rows: int, M: int) -> None:
         if self._lengths is None:
-            if not any(shape[0] == units * factor for factor in self._expansions):
+            if not any(rows == len(self.entries) * factor for factor in self._expansions):
                 raise ValueError(
-                    f"adapter_names needs one name per row of the batch: expected {shape[0]} names, got {units}. "
-                    f"Rows that should take no adapter are named {BASE!r}."
+                    f"adapter_names needs one name per row of the batch: expected {rows} names, got "
+                    f"{len(self.entries)}. Rows that should take no adapter are named {BASE!r}."
                 )
-            return torch.arange(units, device="cpu").repeat_interleave(M // max(units, 1))
-        lengths = torch.tensor(self._lengths, dtype=torch.int64, device="cpu")
-        tokens = torch.arange(units, device="cpu").repeat_interleave(lengths)
-        if len(tokens) == M:
-            return tokens
-        if self._kept is not None and len(self._kept) == M:
-            return tokens[self._kept]
-        kept = "" if self._kept is None else f" or the {len(self._kept)} kept ones"
-        raise ValueError(
-            f"this routing is for batches of {sum(self._lengths)} tokens{kept}, and a layer was called on {M}"
-        )
+        elif sum(self._lengths) != M and (self._kept_tokens is None or len(self._kept_tokens) != M):
+            kept = "" if self._kept_tokens is None else f" or the {len(self._kept_tokens)} kept ones"
+            raise ValueError(
+                f"this routing is for batches of {sum(self._lengths)} tokens{kept}, and a layer was called on {M}"
+            )
+
+    def _unit_of_each_row(self, M: int) -> Tensor:
+        """For each flattened row of a batch the place of its adapters in `entries`: (M,)."""
+        units = torch.arange(len(self.entries), device="cpu")
+        if self._lengths is None:
+            return units.repeat_interleave(M // max(len(units), 1))
+        tokens = units.repeat_interleave(torch.tensor(self._lengths, dtype=torch.int64, device="cpu"))
+        return tokens if self._kept_tokens is None or len(tokens) == M else tokens[self._kept_tokens]
 
 
 def as_routing(adapter_names: Any) -> Routing:
     """What a model was given as `adapter_names`: a list with a name per row, or a Routing."""
     if isinstance(adapter_names, Routing):
         return adapter_names
-    if isinstance(adapter_names, str | Mapping) or not isinstance(adapter_names, Collection):
+    unordered = isinstance(adapter_names, str | Mapping | set | frozenset)
+    if unordered or not isinstance(adapter_names, Collection):
         raise TypeError(f"adapter_names needs one name per row of the batch, got {shortened(adapter_names)}")
     return Routing.by_row(list(adapter_names))
 
@@ -235,6 +294,36 @@ def shortened(value: Any, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
+def upload(t: Any, device: torch.device) -> Any:
+    """A CPU tensor, or None, on the device: without a wait of the host."""
+    if t is None or device.type == "cpu":
+        return t
+    return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+
+
+def _is_of_no_use(kept: _Kept) -> bool:
+    """Made by a compiled forward in inference mode, and wanted for one with gradients."""
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and kept.tables.rows.is_inference()
+
+
+def _wait_for(kept: _Kept) -> None:
+    """Let the current stream wait until the tables are there, once. Before a capture everything is."""
+    stream = torch.cuda.current_stream(kept.tables.rows.device)
+    if torch.cuda.is_current_stream_capturing() or stream.cuda_stream in kept.streams:
+        return
+    stream.wait_event(kept.ready)
+    for t in kept.tables:
+        if t is not None:
+            t.record_stream(stream)
+    kept.streams.add(stream.cuda_stream)
+
+
+def _entries_of_rows(adapters: Sequence[RowAdapters]) -> list[tuple[Entry, ...]]:
+    if isinstance(adapters, str | Mapping):
+        raise TypeError(f"adapter_names needs one name per row of the batch, got {shortened(adapters)}")
+    return [_entries_of(row) for row in adapters]
+
+
 def _entries_of(row: RowAdapters) -> tuple[Entry, ...]:
     if row is None or row == BASE:
         return ()
@@ -242,17 +331,19 @@ def _entries_of(row: RowAdapters) -> tuple[Entry, ...]:
         return (Entry(row, 1.0),)
     if not isinstance(row, Mapping):
         raise TypeError(f"a row of adapter_names is a name or a dict of names and weights, got {shortened(row)}")
-    for name, weight in row.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
-        if not isinstance(name, str) or not number:
-            raise ValueError(f"the adapters of a row need names and finite weights, got {shortened(row)}")
-    return tuple(Entry(name, float(weight)) for name, weight in row.items() if weight != 0 and name != BASE)
+    if not all(isinstance(name, str) and _is_weight(weight) for name, weight in row.items()):
+        raise ValueError(f"the adapters of a row need names and finite weights, got {shortened(row)}")
+    return tuple(Entry(name, float(weight)) for name, weight in row.items() if name != BASE)
 
 
-def _entries_of_rows(adapters: Sequence[RowAdapters]) -> list[tuple[Entry, ...]]:
-    if isinstance(adapters, str | Mapping):
-        raise TypeError(f"adapter_names needs one name per row of the batch, got {shortened(adapters)}")
-    return [_entries_of(row) for row in adapters]
+def _is_weight(weight: Any) -> bool:
+    """A number that is finite in fp32."""
+    if not isinstance(weight, Real) or isinstance(weight, bool):
+        return False
+    try:
+        return abs(float(weight)) <= torch.finfo(torch.float32).max
+    except OverflowError:
+        return False
 
 
 def _passes(entries: Sequence[Sequence[Entry]]) -> int:
@@ -262,97 +353,3 @@ def _passes(entries: Sequence[Sequence[Entry]]) -> int:
 
 def _weighted(entries: Sequence[Sequence[Entry]]) -> bool:
     return any(entry.weight != 1.0 for row in entries for entry in row)
-
-
-def _upload(t: Any, device: torch.device) -> Any:
-    """Without a wait of the host."""
-    if t is None or device.type == "cpu":
-        return t
-    return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
-
-
-# The routing in force.
-
-
-class _Current(threading.local):
-    routing: Routing | None = None
-    recorded = False  # whether gradients were recorded where it was entered
-    carried = False  # whether a checkpoint would bring it back
-
-
-_current = _Current()
-_any_unrecorded = False
-_unrecorded: WeakSet[nn.Module] = WeakSet()  # layers that followed a routing where a checkpoint may have hidden it
-
-
-@contextmanager
-def routed(routing: Routing | None) -> Iterator[None]:
-    """In this block of code every tuner layer that this thread calls follows `routing`; with None, none."""
-    with _set(routing, torch.is_grad_enabled(), False):
-        yield
-
-
-@contextmanager
-def _set(routing: Routing | None, recorded: bool, carried: bool) -> Iterator[None]:
-    before = _current.routing, _current.recorded, _current.carried
-    _current.routing, _current.recorded, _current.carried = routing, recorded, carried
-    try:
-        yield
-    finally:
-        _current.routing, _current.recorded, _current.carried = before
-
-
-def routing_for(layer: nn.Module) -> Routing | None:
-    """The routing that a layer, about to compute, has to follow.
-
-    Raises:
-        RuntimeError: an activation checkpoint that knows nothing of it will run, or runs, this forward once more.
-    """
-    global _any_unrecorded
-    routing = _current.routing
-    if routing is None and not _any_unrecorded:  # as for every token of a model that was never routed
-        return None
-    if torch.compiler.is_compiling():
-        return routing
-    if routing is None:
-        if layer in _unrecorded and torch.is_grad_enabled() and in_backward():
-            raise RuntimeError(_UNKNOWN_CHECKPOINT)
-    elif not _current.carried and _current.recorded:
-        if not torch.is_grad_enabled():
-            _unrecorded.add(layer)  # a reentrant checkpoint, or a part of the model that is not trained
-            _any_unrecorded = True
-        elif is_checkpoint(hooks_around()):
-            raise RuntimeError(_UNKNOWN_CHECKPOINT)
-    return routing
-
-
-_UNKNOWN_CHECKPOINT = (
-    "adapter_names cannot reach the recomputation of an activation checkpoint that the model makes by itself: switch "
-    "checkpointing on with the model's gradient_checkpointing_enable(), or off"
-)
-
-
-@contextmanager
-def carried_by_checkpoints(model: nn.Module) -> Iterator[None]:
-    """In this block, transformers' own checkpoints bring the routing back when they recompute."""
-    wrapped = []
-    try:
-        if torch.is_grad_enabled():
-            for module in model.modules():
-                checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-                if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
-                    module._gradient_checkpointing_func = partial(_checkpoint_routed, checkpoint)  # type: ignore[assignment]
-                    wrapped.append((module, checkpoint))
-        yield
-    finally:
-        for module, checkpoint in wrapped:
-            module._gradient_checkpointing_func = checkpoint
-
-
-def _checkpoint_routed(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(partial(_run_routed, _current.routing, function), *args, **kwargs)
-
-
-def _run_routed(routing: Routing | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _set(routing, torch.is_grad_enabled(), True):
-        return function(*args, **kwargs)

@@ -28,7 +28,8 @@ from typing import Any
 import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from fastpeft.routing import Routing, routed
+from fastpeft.routing import Routing
+from fastpeft.routing_scope import routed
 
 WRITTEN_FOR = "5.23"  # the version of transformers whose continuous batching this file was written and tested against
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastpeft.not_yet import METHODS_NOT_YET
-from fastpeft.routing import as_routing, carried_by_checkpoints, check_names, routed
+from fastpeft.routing import as_routing, check_names
+from fastpeft.routing_scope import carry_through_checkpoints, entered, is_routed
 from fastpeft.tuners import merging, targets
 from fastpeft.tuners.switching import (
     cast_adapter_dtype,
@@ -318,20 +319,24 @@ class BaseTuner(nn.Module, ABC):
 
         Args:
             adapter_names: an adapter for each row of the batch, see `Routing.by_row`; or a Routing.
-            num_beams, num_return_sequences, generation_config: of a generation, which repeats every row so often.
+            num_beams, num_return_sequences, generation_config, model_config: of a generation, which repeats every row
+                so often; the first of them that says something, as in transformers.
 
         Raises:
             TypeError, ValueError: `adapter_names` is nothing of the kind, or has a name that no adapter has.
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
+            if is_routed():  # by a block of the user's
+                carry_through_checkpoints(self.model)
             yield
             return
         routing = as_routing(adapter_names)
         check_names(routing, self.peft_config)
         if repeats := _repeats_of_rows(kwargs):
             routing = routing.expanded(*repeats)
-        with routed(routing), carried_by_checkpoints(self.model):
+        carry_through_checkpoints(self.model)
+        with entered(routing, self.model):
             yield
 
     def _check_names(self, names: Sequence[str]) -> None:
@@ -470,7 +475,9 @@ def _check_adapter_name(name: str) -> None:
 
 def _repeats_of_rows(kwargs: dict[str, Any]) -> set[int]:
     """How often the model may see a row of a batch that it generates for: once a beam, or a returned sequence."""
-    config = kwargs.get("generation_config")
-    options = ("num_beams", "num_return_sequences")
-    repeats = {kwargs.get(option) or getattr(config, option, None) or 1 for option in options}
+    configs = [kwargs.get("generation_config"), kwargs.get("model_config")]
+    repeats = set()
+    for option in ("num_beams", "num_return_sequences"):
+        said = [kwargs.get(option), *(getattr(config, option, None) for config in configs)]
+        repeats.add(next((value for value in said if value is not None), 1))
     return repeats - {1}

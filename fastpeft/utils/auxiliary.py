@@ -14,7 +14,8 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
-from fastpeft.routing import Routing, as_routing, routing_for
+from fastpeft.routing import Routing, as_routing
+from fastpeft.routing_scope import routing_for
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.integrations import gather_params_ctx
 from fastpeft.utils.modules import set_requires_grad_on
@@ -151,10 +152,16 @@ class AuxiliaryTrainingWrapper(nn.Module):
         routing = routing_for(self) if adapter_names is None else as_routing(adapter_names)
         if routing is None or self._disable_adapters:
             return self._current_module()(*args, **kwargs)
-        return self._routed_forward(routing, *args, **kwargs)
+        names = tuple(name for name in routing.names if self.module_of(name) is not self.original_module)
+        if not names:
+            return self.original_module(*args, **kwargs)
+        return self._routed_forward(routing, names, *args, **kwargs)
 
-    def _routed_forward(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Each row of x through the module of its own adapter; several add what they differ by, times their weight."""
+    def _routed_forward(
+        self, routing: Routing, names: tuple[str, ...], input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Each row through the module of its own adapter; several add what they differ by, times their weight."""
+        x = input  # named as in torch's modules
         if not isinstance(self.original_module, _ROWWISE):
             raise TypeError(
                 f"a batch of mixed adapters cannot pass through a whole {type(self.original_module).__name__} in "
@@ -162,24 +169,32 @@ class AuxiliaryTrainingWrapper(nn.Module):
                 "Run one batch per adapter instead."
             )
         shape = x.shape[: _leading(self.original_module, x)]
-        names = tuple(name for name in routing.names if self.module_of(name) is not self.original_module)
-        tables = routing.tables(shape, names, x.device)
+        tables, bounds = routing.tables(shape, names, x.device), None
+        if not torch.compiler.is_compiling():
+            bounds = routing.bounds(shape, names, x.device)
         base = self.original_module(x, *args, **kwargs)  # whole, so that its rows keep the very bits of the base model
         flat = x.reshape(-1, *x.shape[len(shape) :])
         out = flat_base = base.reshape(len(flat), *base.shape[len(shape) :])
         for p, order in enumerate(tables.rows.long()):
             for slot, name in enumerate(names):
-                lines, is_taken = _lines_of(tables.starts[p], slot, len(order))
-                if len(lines) == 0:
-                    continue
+                if bounds is None:  # a compiler knows no number but that of all rows
+                    numbers = torch.arange(len(order), device=x.device)
+                    taken = (numbers >= tables.starts[p, slot]) & (numbers < tables.starts[p, slot + 1])
+                    lines = slice(None)
+                else:
+                    lines, taken = slice(*bounds[p][slot : slot + 2]), None
                 rows = order[lines]
+                if len(rows) == 0 and not torch.is_grad_enabled():  # else distributed training wants its gradient
+                    continue
                 part = self.module_of(name)(flat[rows], *args, **kwargs)
-                if tables.weights is not None:
-                    change = (part - flat_base[rows]) * _as_column(tables.weights[p, lines], part)
-                    part = (out[rows] + change).to(out.dtype)
-                if is_taken is not None:
-                    part = torch.where(_as_column(is_taken, part), part, out[rows])
-                out = out.index_copy(0, rows, part)
+                if len(tables.rows) > 1 or tables.weights is not None:
+                    change = part - flat_base[rows]
+                    if tables.weights is not None:
+                        change = change * _as_column(tables.weights[p, lines], part)
+                    part = out[rows] + change
+                if taken is not None:
+                    part = torch.where(_as_column(taken, part), part, out[rows])
+                out = out.index_copy(0, rows, part.to(out.dtype))
         return out.view(base.shape)
 
     def __getattr__(self, name: str) -> Any:
@@ -191,14 +206,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
             if name.startswith("__") or "original_module" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self._current_module(), name)
-
-
-def _lines_of(starts: Tensor, slot: int, M: int) -> tuple[Tensor, Tensor | None]:
-    """The lines of a pass that have this slot. Or all M, which is a number that a compiler knows, and which of them."""
-    lines = torch.arange(M, device=starts.device)
-    if torch.compiler.is_compiling():
-        return lines, (lines >= starts[slot]) & (lines < starts[slot + 1])
-    return lines[int(starts[slot]) : int(starts[slot + 1])], None
 
 
 def _as_column(t: Tensor, like: Tensor) -> Tensor:

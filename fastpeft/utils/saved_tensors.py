@@ -24,3 +24,8 @@ def is_checkpoint(hooks: Hooks | None) -> bool:
 def in_backward() -> bool:
     """Whether this runs inside a backward pass, as the recomputation of a checkpoint does."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def is_dispatch_watched() -> bool:
+    """Whether a TorchDispatchMode sees every operator here, and may keep what they return."""
+    return not torch.compiler.is_compiling() and bool(torch._C._len_torch_dispatch_stack())

@@ -76,7 +76,7 @@ def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tenso
 
 def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
     """out += drop(S Bᵀ) in place: out (M, N), S (M, r), B (N, r) of any strides, S and B of one dtype."""
-    if mask is None and S.dtype != out.dtype and out.shape[0] <= WIDENED_ROWS:
+    if mask is None and _is_wider(S, out) and out.shape[0] <= WIDENED_ROWS:
         return out.copy_(out.to(S.dtype).addmm_(S, B.t()))
     if S.dtype == torch.float32 and out.dtype == torch.bfloat16:
         # One bf16 product, summed in fp32. B's rounding weighs as much as that of the output, at most: 1.41 x eager's
@@ -90,6 +90,10 @@ def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Te
         delta = torch.mm(S[rows], B.t(), out=scratch("tile", part.shape, S.dtype, part))
         part.add_(delta if mask is None else apply_mask(delta, mask[rows], out=delta))
     return out
+
+
+def _is_wider(t: Tensor, than: Tensor) -> bool:
+    return t.dtype != than.dtype and torch.promote_types(t.dtype, than.dtype) == t.dtype
 
 
 def _bf16_halves(t: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class _Pass:
         self.entries = starts[-1]
         with torch.inference_mode(False):  # it may be kept for a forward with gradients
             self.index = torch.tensor(order[: self.entries], dtype=torch.int64, device=device)
-        self.are_slices = all(order[s.end - 1] - order[s.begin] == s.end - s.begin - 1 for s in segments)
+        self.are_slices = all(_follow_one_another(order[s.begin : s.end]) for s in segments)
         self.slices = [slice(order[s.begin], order[s.begin] + s.end - s.begin) for s in segments]
         self.in_order = self.are_slices and all(i == row for i, row in enumerate(order[: self.entries]))
         whole = self.in_order and self.entries == len(order)
@@ -77,6 +77,10 @@ class _Pass:
         """Lines in the order of the pass, by segment."""
         parts: Sequence[Tensor] = torch.split_with_sizes(lines, [s.end - s.begin for s in self.segments])
         return parts
+
+
+def _follow_one_another(rows: Sequence[int]) -> bool:
+    return all(after == row + 1 for row, after in pairwise(rows))
 
 
 def _passes(rows: Tensor, starts: Tensor) -> list[_Pass]:

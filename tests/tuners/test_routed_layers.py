@@ -8,7 +8,8 @@ from numerics import assert_as_close_as_torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft.routing import Routing, routed
+from fastpeft.routing import Routing
+from fastpeft.routing_scope import routed
 from fastpeft.tuners.ia3 import IA3Config
 from fastpeft.tuners.ia3.layer import Linear as IA3Linear
 from fastpeft.tuners.lora import LoraConfig

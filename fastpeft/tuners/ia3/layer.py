@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.routing import Routing, RoutingTables, as_routing, routing_for
+from fastpeft.routing import Routing, RoutingTables, as_routing
+from fastpeft.routing_scope import routing_for
 from fastpeft.tuners.bases import Base, EmbeddingBase, base_for
 from fastpeft.tuners.eligibility import base_parts, is_ordinary
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
@@ -240,7 +241,7 @@ class IA3Layer(nn.Module, BaseTunerLayer):
             )
         names = tuple(name for name in routing.names if name in self.ia3_l)
         tables = routing.tables(x.shape[:-1], names, x.device)
-        vectors = [self.ia3_l[name].flatten() for name in names]
+        vectors = _of_one_dtype([self.ia3_l[name].flatten() for name in names])
         if self.is_feedforward:
             return self.base_layer(_scale_rows(x, vectors, tables), *args, **kwargs)  # type: ignore[no-any-return]
         return _scale_rows(self.base_layer(x, *args, **kwargs), vectors, tables)
@@ -286,6 +287,13 @@ def _scale(x: Tensor, vector: Tensor) -> Tensor:
     if is_ordinary(x) and is_ordinary(vector):
         return scale_columns(x, vector)
     return (x * vector.flatten()).to(x.dtype)
+
+
+def _of_one_dtype(vectors: list[Tensor]) -> list[Tensor]:
+    if len({vector.dtype for vector in vectors}) < 2:
+        return vectors
+    wide = functools.reduce(torch.promote_types, (vector.dtype for vector in vectors))
+    return [vector.to(wide) for vector in vectors]
 
 
 def _scale_rows(x: Tensor, vectors: list[Tensor], tables: RoutingTables) -> Tensor:

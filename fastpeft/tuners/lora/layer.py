@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.routing import as_routing, routing_for
+from fastpeft.routing import as_routing
+from fastpeft.routing_scope import routing_for
 from fastpeft.tuners.bases import Base, base_for
 from fastpeft.tuners.lora.few import forward_of_few
 from fastpeft.tuners.lora.fused import fused_forward

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpeft.routing import Routing, RoutingTables
+from fastpeft.routing import Routing, RoutingTables, upload
 from fastpeft.tuners.bases import EmbeddingBase
 from fastpeft.tuners.eligibility import base_parts, is_ordinary
 from fastpeft.tuners.lora.fused import adapter_parts
+from fastpeft.utils.saved_tensors import is_dispatch_watched
 from fastpeft_kernels import expand_routed, gather_routed, lora_routed, scale_routed
 from fastpeft_kernels.dropout import draw_mask, dropout_scale
 
@@ -42,18 +43,25 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     if not names:
         return base  # type: ignore[no-any-return]
     readable = _adapters_for_ops(layer, names, x, base)
-    dtypes = {adapter.A.dtype for adapter in readable}
+    dtypes = dict.fromkeys(adapter.A.dtype for adapter in readable)
     if len(readable) == len(names) and len(dtypes) == 1:
-        ours = not torch.is_grad_enabled() and not isinstance(base_parts(layer), str)  # nobody else has seen the output
-        return _add_together(layer, readable, tables, base, x, overwrite=ours)
+        return _add_together(layer, readable, tables, base, x, overwrite=_is_fresh(layer))
     out = base
+    together = [adapter for adapter in readable if layer.variants[adapter.name].is_a_sum]  # others scale what is there
     for dtype in dtypes:
-        group = [adapter for adapter in readable if adapter.A.dtype == dtype]
-        tables = routing.tables(shape, tuple(adapter.name for adapter in group), x.device)
-        out = _add_together(layer, group, tables, out, x)
-    for name in [name for name in names if all(adapter.name != name for adapter in readable)]:
-        out = _add_alone(layer, name, routing.tables(shape, (name,), x.device), base, out, x)
+        if group := [adapter for adapter in together if adapter.A.dtype == dtype]:
+            tables = routing.tables(shape, tuple(adapter.name for adapter in group), x.device)
+            out = _add_together(layer, group, tables, out, x)
+    for name in [name for name in names if all(adapter.name != name for adapter in together)]:
+        lines = _lines_of(routing, shape, name, x.device)
+        if len(lines.rows) or torch.is_grad_enabled():  # distributed training wants a gradient of everybody
+            out = _add_alone(layer, name, lines, base, out, x)
     return out  # type: ignore[no-any-return]
+
+
+def _is_fresh(layer: Any) -> bool:
+    """Whether nobody but us holds the output that the base layer has just returned."""
+    return not torch.is_grad_enabled() and not isinstance(base_parts(layer), str) and not is_dispatch_watched()
 
 
 def _adapters_for_ops(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -> list[_Adapter]:
@@ -70,8 +78,12 @@ def _linear_adapter(layer: Any, name: str, x_dtype: torch.dtype) -> _Adapter | N
         return None
     A, B, p = parts
     variant = layer.variants[name]
-    if not variant.is_a_sum and (p > 0 or variant.obstacle(layer, name) or isinstance(base_parts(layer), str)):
-        return None  # with dropout, DoRA's base product is one of its own
+    if not variant.is_a_sum:
+        base = base_parts(layer)
+        if p > 0 or variant.obstacle(layer, name) or isinstance(base, str):
+            return None  # with dropout, DoRA's base product is one of its own
+        if base[1] is not None and base[1].requires_grad and torch.is_grad_enabled():
+            return None  # scale_routed has no gradient for the bias
     return _Adapter(name, A, B, p) if A.dtype in (x_dtype, torch.float32) else None
 
 
@@ -100,26 +112,27 @@ def _add_together(
         S = gather_routed(x.reshape(-1), As, scales, rows, starts, weights)
         factor = layer.base.embed_scale(layer.get_base_layer())
         return expand_routed(flat, S if factor is None else S * factor.to(S.dtype), Bs, rows, starts).view(out.shape)
-    if not all(layer.variants[name].is_a_sum for name in names):
-        flat, Bs = _with_magnitudes(layer, names, tables, flat, Bs)
+    vectors = _row_scales(layer, names)
+    bias = layer.get_base_layer().bias if vectors else None
+    bias = None if bias is None else bias.detach()
+    if vectors and tables.weights is not None:  # each adds (g - 1) · base + g · s B A x, times its weight
+        flat = scale_routed(flat, vectors, *tables, bias)
+        Bs = [B if g is None else (B * g.unsqueeze(1)).to(B.dtype) for B, g in zip(Bs, vectors, strict=True)]
     x = x.reshape(-1, x.shape[-1])
     if any(ps):
-        return _add_with_dropout(flat, x, As, Bs, scales, ps, tables).view(out.shape)
-    return lora_routed(flat, x, As, Bs, scales, *tables, overwrite=overwrite).view(out.shape)
+        flat = _add_with_dropout(flat, x, As, Bs, scales, ps, tables)
+    else:
+        flat = lora_routed(flat, x, As, Bs, scales, *tables, overwrite=overwrite)
+    if vectors and tables.weights is None:  # g · (base + s B A x)
+        flat = scale_routed(flat, vectors, *tables, bias)
+    return flat.view(out.shape)
 
 
-def _with_magnitudes(
-    layer: Any, names: Sequence[str], tables: RoutingTables, base: Tensor, Bs: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """DoRA, g · (base + s B A x) with g = magnitude / norm: the scaled base, and g · B in the place of B."""
-    vectors: list[Tensor | None] = []
-    scaled = []
-    for name, B in zip(names, Bs, strict=True):
-        variant = layer.variants[name]
-        g = None if variant.is_a_sum else variant.row_scale(layer, name)
-        vectors.append(g)
-        scaled.append(B if g is None else (B * g.unsqueeze(1)).to(B.dtype))
-    return scale_routed(base, vectors, *tables, layer.get_base_layer().bias), scaled
+def _row_scales(layer: Any, names: Sequence[str]) -> list[Tensor | None]:
+    """g = magnitude / norm of each DoRA adapter; an empty list where there is none."""
+    if all(layer.variants[name].is_a_sum for name in names):
+        return []
+    return [None if layer.variants[name].is_a_sum else layer.variants[name].row_scale(layer, name) for name in names]
 
 
 def _add_with_dropout(
@@ -133,13 +146,16 @@ def _add_with_dropout(
 ) -> Tensor:
     """A row's adapters drop independently: those of another pass draw another mask."""
     rows, starts, weights = tables
+    dtype = out.dtype
+    if len(rows) > 1:  # one rounding at the end, whatever the number of passes
+        out = out.to(torch.promote_types(dtype, torch.float32))
     scales = [scale * dropout_scale(p) for scale, p in zip(scales, ps, strict=True)]
     for p in range(len(rows)):
         line = slice(p, p + 1)
         mask = _mask(x, ps, rows[p], starts[p])
         line_weights = None if weights is None else weights[line]
         out = lora_routed(out, x, As, Bs, scales, rows[line], starts[line], line_weights, mask)
-    return out
+    return out.to(dtype)
 
 
 def _mask(x: Tensor, ps: Sequence[float], rows: Tensor, starts: Tensor) -> Tensor:
@@ -148,7 +164,7 @@ def _mask(x: Tensor, ps: Sequence[float], rows: Tensor, starts: Tensor) -> Tenso
     if len(different) == 1:
         return draw_mask(x, different[0])
     lengths = torch.cat([starts.diff(), (len(rows) - starts[-1]).reshape(1)]).long()
-    which = torch.tensor([*(different.index(p) for p in ps), 0], device=x.device)
+    which = upload(torch.tensor([*(different.index(p) for p in ps), 0], device="cpu"), x.device)
     of_line = torch.repeat_interleave(which, lengths, output_size=len(rows))
     of_row = torch.empty_like(of_line).index_copy_(0, rows.long(), of_line).unsqueeze(1)
     mask = None
@@ -159,13 +175,27 @@ def _mask(x: Tensor, ps: Sequence[float], rows: Tensor, starts: Tensor) -> Tenso
     return mask.contiguous()
 
 
-def _add_alone(layer: Any, name: str, tables: RoutingTables, base: Tensor, out: Tensor, x: Tensor) -> Tensor:
+class _Lines(NamedTuple):
+    """The rows that one adapter is for, and its weight in each."""
+
+    rows: Tensor
+    weights: Tensor | None
+    taken: Tensor | None  # a compiler knows no number but that of all rows: which of them it is for
+
+
+def _lines_of(routing: Routing, shape: Sequence[int], name: str, device: torch.device) -> _Lines:
+    rows, starts, weights = routing.tables(shape, (name,), device)  # one adapter is in the first pass
+    line_weights = None if weights is None else weights[0]
+    if torch.compiler.is_compiling():
+        taken = torch.arange(rows.shape[1], device=device) < starts[0, 1]
+        return _Lines(rows[0].long(), line_weights, taken)
+    count = routing.bounds(shape, (name,), device)[0][1]
+    return _Lines(rows[0, :count].long(), None if line_weights is None else line_weights[:count], None)
+
+
+def _add_alone(layer: Any, name: str, lines: _Lines, base: Tensor, out: Tensor, x: Tensor) -> Tensor:
     """out with one adapter, through its own modules, on the rows that take it."""
-    order, bounds, weights = tables.rows[0], tables.starts[0], tables.weights  # one adapter is in the first pass
-    count = int(bounds[1])
-    if not count:
-        return out
-    index = order[:count].long()
+    index, weights, taken = lines
     flat, flat_base = out.reshape(-1, out.shape[-1]), base.reshape(-1, base.shape[-1])
     x = x.reshape(-1) if isinstance(layer.base, EmbeddingBase) else x.reshape(-1, x.shape[-1])
     rows, base_rows = flat[index], flat_base[index]
@@ -174,6 +204,7 @@ def _add_alone(layer: Any, name: str, tables: RoutingTables, base: Tensor, out: 
     else:  # what it adds to the base alone, as one summand of the row
         wide = torch.promote_types(base_rows.dtype, torch.float32)
         delta = layer._add(base_rows.to(wide), x[index], [name]) - base_rows
-        weighted = delta if weights is None else delta * weights[0, :count].unsqueeze(1)
-        added = (rows + weighted).to(out.dtype)
+        added = (rows + (delta if weights is None else delta * weights.unsqueeze(1))).to(out.dtype)
+    if taken is not None:
+        added = torch.where(taken.unsqueeze(1), added, rows)
     return flat.index_copy(0, index, added).view(out.shape)

@@ -176,7 +176,9 @@ def _routed_scale_kernel(
         scale = tl.load(l_ptrs, mask=has[:, None] & inside, other=1.0).to(tl.float32)
         if HAS_WEIGHTS:
             weight = tl.load(weights_ptr + p * M + lines, mask=mask_m & has, other=0.0)
-            f += weight[:, None] * (scale - 1.0)
+            change = weight[:, None] * (scale - 1.0)
+            # as without weights, to the bit: what other rows carry must not show
+            f = tl.where((p == 0) & (weight == 1.0)[:, None], scale, f + change)
         elif p == 0:
             f = scale
         else:
