@@ -108,6 +108,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         self.schedules = schedules
         self.diverged: set[str] = set()  # adapters that have left the run
         self._in_update: dict[str, Tensor] = {}  # adapters with rows in the current update, and their labels' number
+        self._flops_per_token: float | None = None
         self._since_log = SinceLog()
         self.add_callback(_AtTheBeginning(self))
 
@@ -116,6 +117,17 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Rows of an update, all adapters together, on average."""
         return round(sum(self.train_dataset.rows) / len(self.train_dataset.rows))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As Trainer counts them, which goes through all modules of all adapters: once, and then by the tokens."""
+        tokens = inputs[getattr(self._base, "main_input_name", "input_ids")].numel()
+        if self._flops_per_token is None:
+            self._flops_per_token = super().floating_point_ops(inputs) / max(tokens, 1)
+        return round(self._flops_per_token * tokens)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """The norm over all adapters means nothing, and takes as long as those of all of them."""
+        return
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """JointBatches has the order in it."""

@@ -202,6 +202,14 @@ def test_the_log_has_each_adapters_figures_and_the_sum(tmp_path):
     assert logged(together, "loss/w") == pytest.approx(logged(single, "loss"), rel=LOSS_BOUND)
 
 
+def test_operations_are_counted_as_trainer_counts_them(tmp_path):
+    together = joint(tmp_path, {"w": TRAININGS["w"]}, max_steps=3)
+    together.train()
+    single = alone("w", tmp_path, TRAININGS["w"], max_steps=3)
+    single.train()
+    assert together.state.total_flos == single.state.total_flos > 0
+
+
 def classifier(names):
     model = None
     for name in names:
