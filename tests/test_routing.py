@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 
 import fastpeft
 from fastpeft.routing import Routing, as_routing, check_names
@@ -89,6 +90,17 @@ def test_a_refill_goes_into_the_same_tensors():
         assert all(map(torch.equal, found, expected.tables(shape, names, CPU)))
 
 
+def test_refills_keep_their_room_and_reach_expansions():
+    routing = Routing.by_row([{"a": 0.5, "b": 0.5}, "a"])
+    beams = routing.expanded(2)
+    kept = beams.tables((4,), ("a", "b"), CPU)
+    for rows in (["a", "b"], [{"a": 0.5, "b": 0.25}, "__base__"]):
+        routing.refill(rows)
+        fresh = Routing.by_row([{"a": 0.5, "b": 0.5}, "a"])
+        fresh.refill(rows)
+        assert all(map(torch.equal, kept, fresh.expanded(2).tables((4,), ("a", "b"), CPU)))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -115,16 +127,24 @@ def test_refills_that_do_not_fit_change_nothing(rows, message):
         ([{"a": "b"}], ValueError),
         ([{"a": True}], ValueError),
         ([{1: 1.0}], ValueError),
+        ([{"a": 10**400}], ValueError),
+        ([{"a": 1e300}], ValueError),
+        ({"a", "b"}, TypeError),
         (7, TypeError),
     ],
-    ids=repr,
 )
 def test_what_is_no_routing(rows, error):
     with pytest.raises(error, match=r"needs one name per row|a row of adapter_names|adapters of a row"):
         as_routing(rows)
 
 
-@pytest.mark.parametrize("lengths", [[1], [1, -1]], ids=repr)
+@pytest.mark.parametrize("kept", [[2, 1, 0], [-1], [0, 7]], ids=repr)
+def test_tokens_that_cannot_be_kept(kept):
+    with pytest.raises(ValueError, match="kept must name some of the 3 tokens from 0 on, or all in their order"):
+        Routing.by_token(["a", "b"], [1, 2], kept=kept)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, -1], [1.5, 1]], ids=repr)
 def test_lengths_that_do_not_fit(lengths):
     with pytest.raises(ValueError, match="one whole length of 0 or more for each of the 2 sequences"):
         Routing.by_token(["a", "b"], lengths)
@@ -248,6 +268,80 @@ def test_checkpoints_that_nobody_told_are_refused(reentrant):
         gradients(model, inputs, names)
 
 
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_checkpoint_inside_a_known_one_is_refused(outer, inner):
+    model, inputs, names = trained()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": outer})
+    model.enable_input_require_grads()
+    mlp = model.get_base_model().model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: checkpoint(plain, x, use_reentrant=inner)
+    with pytest.raises(RuntimeError, match="cannot reach the recomputation of an activation checkpoint"):
+        gradients(model, inputs, names)
+
+
+def test_a_checkpoint_around_the_whole_model():
+    model, inputs, names = trained()
+    expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
+    model.zero_grad()
+    out = checkpoint(lambda: model(**inputs, adapter_names=names).logits, use_reentrant=False)
+    out.square().mean((1, 2)).sum().backward()
+    for key, p in model.named_parameters():
+        if p.grad is not None:
+            assert torch.equal(p.grad, expected[key]), key
+
+
+def test_a_block_around_a_model_with_checkpoints():
+    model, inputs, names = trained()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
+    model.zero_grad()
+    with routed(Routing.by_row(names)):
+        logits = model(**inputs).logits
+    logits.square().mean((1, 2)).sum().backward()
+    for key, p in model.named_parameters():
+        if p.grad is not None:
+            assert torch.equal(p.grad, expected[key]), key
+
+
+def test_checkpoints_of_models_that_are_no_longer_routed():
+    """A part without gradients in a mixed batch is no reason to refuse what comes after it without a routing."""
+    model, inputs, names = trained()
+    layer = model.get_base_model().model.layers[0]
+    plain = layer.forward
+    layer.forward = lambda *args, **kwargs: torch.no_grad()(plain)(*args, **kwargs)
+    gradients(model, inputs, names)
+    layer.forward = lambda x, **kwargs: checkpoint(lambda t: plain(t, **kwargs), x, use_reentrant=True)
+    model.enable_input_require_grads()
+    model.set_adapter("a")
+    model(**inputs).logits.square().mean().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_refill_between_forward_and_backward_is_refused(reentrant):
+    model, inputs, names = trained()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    routing = Routing.by_row(names)
+    loss = model(**inputs, adapter_names=routing).logits.square().mean()
+    routing.refill(names[::-1])
+    with pytest.raises(RuntimeError, match="refilled between a forward and its backward"):
+        loss.backward()
+
+
+def test_other_models_are_not_routed():
+    """One that is called inside a mixed batch's forward: a judge, a teacher, an assistant."""
+    model, inner, inputs = adapted().eval(), adapted().eval(), models.batch("llama")
+    seen = []
+    one_row = {key: value[:1] for key, value in inputs.items()}
+    hook = lambda *_: seen.append(inner(**one_row).logits)  # noqa: E731
+    model.get_base_model().model.norm.register_forward_hook(hook)
+    model(**inputs, adapter_names=["b", "__base__", "b"])
+    assert torch.equal(seen[0], inner(**one_row).logits)
+
+
 def test_several_forwards_before_one_backward():
     model, inputs, names = trained()
     model.gradient_checkpointing_enable()
@@ -289,8 +383,16 @@ def test_generation_repeats_rows(family, options):
             assert not mixed[row * repeat : (row + 1) * repeat, width:].any()
     else:
         assert repeat == 2
+        torch.manual_seed(3)
+        ids = {key: value.repeat_interleave(2, 0) for key, value in inputs.items()}
+        one_by_one = [name for name in names for _ in range(2)]
+        expected = model.generate(**ids, adapter_names=one_by_one, max_new_tokens=5, do_sample=True)
+        assert torch.equal(mixed, expected)
+    config = GenerationConfig(num_beams=2, max_new_tokens=2)
+    assert len(model.generate(inputs["input_ids"], config, adapter_names=names)) == 3
     model.generation_config.num_beams = 2  # from the config as well
     assert len(model.generate(**inputs, adapter_names=names, max_new_tokens=2)) == 3
+    assert len(model.generate(**inputs, adapter_names=names, generation_config=None, max_new_tokens=2)) == 3
 
 
 # Compiled.

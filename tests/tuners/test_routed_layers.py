@@ -273,9 +273,94 @@ def test_whole_modules_add_by_weight():
     for name in "ab":
         wrapper.modules_to_save[name].weight.data.normal_()
     x = batch(rows=3)
-    with routed(Routing.by_row([{"a": 0.5, "b": 2.0}, "b", "__base__"])):
-        out = wrapper(x)
     base, a, b = wrapper.original_module(x), *(wrapper.modules_to_save[name](x) for name in "ab")
-    torch.testing.assert_close(out[0], (base + 0.5 * (a - base) + 2.0 * (b - base))[0])
-    torch.testing.assert_close(out[1], b[1])
-    assert torch.equal(out[2], base[2])
+    for one, other in ((0.5, 2.0), (1.0, 1.0)):
+        with routed(Routing.by_row([{"a": one, "b": other}, "b", "__base__"])):
+            out = wrapper(input=x)
+        torch.testing.assert_close(out[0], (base + one * (a - base) + other * (b - base))[0])
+        torch.testing.assert_close(out[1], b[1])
+        assert torch.equal(out[2], base[2])
+
+
+def test_whole_modules_of_another_dtype_and_kind():
+    wrapper = ModulesToSaveWrapper(nn.Linear(K, N).bfloat16(), "a")
+    wrapper.modules_to_save["a"].float()
+    x = batch(rows=2)
+    with routed(Routing.by_row(["__base__", None])):
+        assert torch.equal(wrapper(x.bfloat16()), wrapper.original_module(x.bfloat16()))
+    whole = ModulesToSaveWrapper(nn.Sequential(nn.Linear(K, N)), "a")
+    with routed(Routing.by_row(["__base__", "elsewhere"])):
+        assert torch.equal(whole(x), whole.original_module(x))  # nobody's rows have to be told apart
+    embedding = ModulesToSaveWrapper(nn.Embedding(K, N).bfloat16(), "a")
+    embedding.modules_to_save["a"].float()
+    with routed(Routing.by_row(["a", "__base__"])):
+        out = embedding(torch.zeros(2, 3, dtype=torch.int64))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out[0], embedding.modules_to_save["a"].weight[[0, 0, 0]].bfloat16())
+
+
+def test_dora_beside_adapters_of_another_dtype():
+    layer, x = lora_of(nn.Linear(K, N), torch.bfloat16), batch(torch.bfloat16)
+    for name in "ac":
+        layer.lora_A[name].to(torch.bfloat16)
+        layer.lora_B[name].to(torch.bfloat16)
+    rows = [{"a": 1.0, "d": 1.0}, "d", "a", {"b": 1.0, "c": 1.0, "d": 1.0}, *["__base__"] * 5]
+    with torch.no_grad(), routed(Routing.by_row(rows)):
+        out = layer(x)
+    base = layer.base_layer(x).double()
+    for i, row in enumerate(rows[:4]):
+        names = [row] if isinstance(row, str) else list(row)
+        exact = base[i] + sum(exactly(layer, name, x)[i] - exactly_base(layer, x)[i] for name in names)
+        eager = (base[i] + sum(alone(layer, name, x)[i].double() - base[i] for name in names)).bfloat16()
+        assert_as_close_as_torch(str(row), out[i], eager, exact.detach())
+
+
+def exactly_base(layer, x):
+    return copy.deepcopy(layer.base_layer).double()(x.double())
+
+
+def test_dora_with_a_trained_bias():
+    layer, x = lora_of(nn.Linear(K, N)), batch()
+    layer.base_layer.bias.requires_grad_()
+    target = torch.randn(len(NAMES), 5, N)
+    with routed(Routing.by_row(NAMES)):
+        (layer(x) * target).sum().backward()
+    together, layer.base_layer.bias.grad = layer.base_layer.bias.grad, None
+    for row, name in enumerate(NAMES):
+        (alone(layer, name, x)[row] * target[row]).sum().backward()
+    torch.testing.assert_close(together, layer.base_layer.bias.grad)
+
+
+def test_a_wide_output_is_not_rounded_to_narrow_factors():
+    layer = lora_of(nn.Embedding(K, N), embedding=True)
+    for part in (layer.lora_embedding_A, layer.lora_embedding_B):
+        for name in part:
+            part[name].data = part[name].data.bfloat16() * 0
+    ids = torch.arange(4).unsqueeze(1)
+    with torch.no_grad(), routed(Routing.by_row(["a", "b", "__base__", "c"])):
+        assert torch.equal(layer(ids), layer.base_layer(ids))
+
+
+def test_ia3_vectors_of_two_dtypes():
+    layer, x = ia3_of(False), batch()
+    layer.ia3_l["b"].data = layer.ia3_l["b"].data.bfloat16()
+    with torch.no_grad(), routed(Routing.by_row(NAMES)):
+        out = layer(x)
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(out[row], alone(layer, name, x)[row])
+
+
+def test_a_single_row_without_a_batch():
+    layer, x = MAKERS["linear"](torch.float32), batch()[0, 0]
+    with torch.no_grad(), routed(Routing.by_row(["b"])):
+        torch.testing.assert_close(layer(x), alone(layer, "b", x))
+
+
+def test_who_has_no_rows_gets_zeros_where_gradients_are_recorded():
+    layer = lora_of(nn.Linear(K, N), dora=(), lora_bias=True)
+    layer.set_requires_grad(list("abcd"))
+    with routed(Routing.by_row(["a", "a"], names="abcd")):
+        layer(batch(rows=2)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+    assert not layer.lora_B["b"].weight.grad.any()
+    assert layer.lora_B["a"].weight.grad.any()
