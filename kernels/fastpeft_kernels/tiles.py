@@ -103,7 +103,7 @@ GROUP_TILES: dict[GroupKernel, dict[Units, dict[int, GroupTile]]] = {
 # BLOCK_R, whatever the ranks are: a row's bits must not depend on the others' adapters.
 ROUTED_TILES: dict[RoutedKernel, dict[Literal["few", "many"], Tile]] = {
     "shrink": {"few": Tile(16, 64, 16, 4, 4), "many": Tile(64, 32, 16, 8, 2)},
-    "expand": {"few": Tile(16, 128, 16, 4, 1), "many": Tile(64, 64, 16, 8, 1)},
+    "expand": {"few": Tile(16, 128, 16, 4, 1), "many": Tile(64, 128, 16, 8, 1)},
     "outer": {"few": Tile(32, 64, 16, 8, 2), "many": Tile(32, 64, 16, 8, 2)},
 }
 FEW_ROUTED_ROWS = 1024  # from which on they are many

@@ -10,7 +10,8 @@ from numerics import assert_as_close_as_torch
 from routed_operands import Entries, Routing, by_row_add, factors, one_each, routing
 from torch import Tensor
 
-from fastpeft_kernels import backend, expand_routed, lora_routed, reference, shrink_routed, tiles
+from fastpeft_kernels import backend, expand_routed, lora_routed, shrink_routed, tiles
+from fastpeft_kernels.masks import apply_mask, draw_mask
 from fastpeft_kernels.routed import (
     _expand_routed,
     _expand_routed_backward,
@@ -129,8 +130,8 @@ def test_mask(path, weighted, device):
     """The mask of a row drops for every adapter of the row, and in backward too."""
     entries = CASES["weighted"][2] if weighted else one_each([0, 2, -1, 1, 1, 0, 2, -1, 0])
     (base, x, As, Bs), dout = make((9, 72, 33), (3, 17, 8), (torch.bfloat16, torch.float32), device)
-    mask = reference.draw_mask(9, 72, 0.4, torch.device(device))
-    keep = reference.apply_mask(torch.ones(9, 72, device=device), mask)
+    mask = draw_mask(9, 72, 0.4, torch.device(device))
+    keep = apply_mask(torch.ones(9, 72, device=device), mask)
 
     def masked(base: Tensor, x: Tensor, *rest: Any) -> Tensor:
         return by_row_add(base, x * keep.to(x.dtype), *rest)
@@ -281,7 +282,7 @@ def test_opcheck(path, full, device):
     (base, x, As, Bs), dout = make((6, 40, 20), (3, 16), (torch.float32, torch.float32), device)
     entries = [[(0, 0.5), (1, 0.5)], [], *one_each([1, 1, 0, -1])] if full else one_each([0, -1, 1, 1, 0, -1])
     tensors, scales = routing(entries, 2, device), list(SCALES[:2])
-    mask = reference.draw_mask(6, 40, 0.3, torch.device(device)) if full else None
+    mask = draw_mask(6, 40, 0.3, torch.device(device)) if full else None
     quiet = [[t.detach() for t in ts] for ts in (As, Bs)]
     with backend(path):
         S = shrink_routed(x, As, scales, *tensors, mask).detach()

@@ -109,6 +109,10 @@ def _case(kernel: RoutedKernel, rows: str, t: Tile, mix: tuple[str, str], use: s
         "BLOCK_M": t.BLOCK_M, "BLOCK_C": t.BLOCK_C, "BLOCK_R": t.BLOCK_R,
     }  # fmt: skip
     constexprs |= {name: name[4:] in flags for name in fn.arg_names if name.startswith("HAS_")}
+    if (
+        kernel == "shrink" and use == "backward"
+    ):  # a gradient's rows are contiguous, and Triton specialises a stride of 1
+        constexprs["stride_xk"] = 1
     constexprs = {name: value for name, value in constexprs.items() if name in fn.arg_names}
     pointers = {
         **dict.fromkeys(("x_ptr", "base_ptr", "out_ptr"), wide), **dict.fromkeys(("weights_ptr", "plane_ptr"), "fp32"),
