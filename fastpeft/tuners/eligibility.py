@@ -63,11 +63,12 @@ def watched(name: str, module: nn.Module) -> str | None:
 
 
 def is_ordinary(x: Tensor) -> bool:
-    """Not a tensor subclass, not inside a functional transform, not on its way to a portable graph."""
+    """Not a tensor subclass or on meta, not inside a functional transform, not on its way to a portable graph."""
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     return (
         type(x) in (Tensor, nn.Parameter)
+        and not x.is_meta
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0  # the ops have no forward-mode derivative

@@ -350,6 +350,17 @@ def test_ia3_vectors_of_two_dtypes():
         torch.testing.assert_close(out[row], alone(layer, name, x)[row])
 
 
+def test_shapes_alone():
+    """On the meta device, where nothing is computed."""
+    for layer in (MAKERS["linear"](torch.float32), ia3_of(False)):
+        layer, x = layer.to("meta"), batch().to("meta")
+        layer.set_adapter("b")
+        with torch.no_grad():
+            assert layer(x).shape == (len(NAMES), 5, N)
+            with routed(Routing.by_row(NAMES)):
+                assert layer(x).shape == (len(NAMES), 5, N)
+
+
 def test_a_single_row_without_a_batch():
     layer, x = MAKERS["linear"](torch.float32), batch()[0, 0]
     with torch.no_grad(), routed(Routing.by_row(["b"])):
