@@ -44,6 +44,12 @@ def arguments_of_all(args: Any, batches: JointBatches) -> Any:
     return shared
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError for what is not a PeftModel."""
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"expected a fastpeft model with adapters, got {type(model).__name__}; see get_peft_model")
+
+
 def make_trainable(model: PeftModel, adapters: Sequence[str]) -> dict[str, list[nn.Parameter]]:
     """Train these adapters and freeze all others.
 
@@ -54,8 +60,6 @@ def make_trainable(model: PeftModel, adapters: Sequence[str]) -> dict[str, list[
         ValueError: no adapter, an unknown one, or one with nothing to train; or parameters outside of adapters are
             trainable, which would belong to all of them. Nothing has changed then.
     """
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"expected a fastpeft model with adapters, got {type(model).__name__}; see get_peft_model")
     unknown = [name for name in adapters if name not in model.peft_config]
     if unknown or not adapters:
         asked = f"no adapter {', '.join(map(repr, unknown))}" if unknown else "no adapter to train"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fastpeft.integrations.transformers import AdapterTrainerMixin, folder_of
 from fastpeft.joint.batches import JointBatches, JointCollator, TaggedRows, slices_by_adapter, split_rows, without
-from fastpeft.joint.checks import arguments_of_all, check_arguments, make_trainable
+from fastpeft.joint.checks import arguments_of_all, check_arguments, check_model, make_trainable
+from fastpeft.joint.losses import check_loss, shifts_labels
 from fastpeft.joint.progress import SinceLog
 from fastpeft.joint.settings import AdapterTraining, Schedule
 from fastpeft.peft_model import PeftModel
@@ -49,12 +49,12 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             keep their order. Padding belongs on the right, where it changes no position.
         compute_loss_func: (outputs, labels, num_items_in_batch) of one adapter's rows -> its loss, divided by
             num_items_in_batch, the number of its labels in the update. By default the cross entropy, of causal models
-            with shifted labels.
+            with shifted labels; a model with another loss (regression, several labels a row, a router's) needs it.
         processing_class, callbacks, compute_metrics, optimizer_cls_and_kwargs: as in Trainer.
 
     Raises:
-        ValueError: an unknown adapter, something trainable that belongs to none of them, or an argument that has no
-            meaning for several adapters at once.
+        ValueError: an unknown adapter, something trainable that belongs to none of them, an argument that has no
+            meaning for several adapters at once, or a model whose loss has no part for each adapter.
     """
 
     train_dataset: Any
@@ -74,6 +74,11 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         check_arguments(args)
+        check_model(model)
+        base = self._base = cast(Any, model.get_base_model())
+        if compute_loss_func is None:
+            check_loss(base)
+        self._shifts = shifts_labels(base)
         own = {name: training.arguments(args) for name, training in adapters.items()}
         schedules = {name: Schedule.of(name, training, own[name]) for name, training in adapters.items()}
         self.parameters_of = make_trainable(model, list(adapters))
@@ -98,12 +103,9 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         self.data_collator = JointCollator(self._get_collator_with_removed_columns(self.data_collator))
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # each loss is a part of its update's
         self.loss_of_adapter = compute_loss_func
-        base = self._base = cast(Any, model.get_base_model())
         self._needs_labels = getattr(
             base.config, "is_encoder_decoder", False
         )  # its forward makes decoder inputs of them
-        causal = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-        self._shifts = causal and not self._needs_labels
         self.adapter_args = own
         self.schedules = schedules
         self.diverged: set[str] = set()  # adapters that have left the run
@@ -245,10 +247,13 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
     # Losses.
 
     def _count_labels(self, batches: list[Any]) -> dict[str, Tensor]:
-        """How many labels each adapter has in the batches of one update: what its mean is over."""
+        """How many labels each adapter has in the batches of one update: what its mean is over, as Trainer counts.
+
+        Trainer goes by loss_type, and so counts a row's first label of GPT2LMHeadModel, though nothing predicts it.
+        """
         counts: dict[str, Tensor] = {}
         for batch in batches:
-            labels = batch["labels"][..., 1:] if self._shifts else batch["labels"]
+            labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
             for name, rows in slices_by_adapter(batch["adapter_names"]).items():
                 counts[name] = counts.get(name, 0) + labels[rows].ne(IGNORED).sum()
         return {name: count.clamp(min=1).to(self.args.device) for name, count in counts.items()}
