@@ -141,7 +141,8 @@ def generate(
             print(prompt + completion)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        with output.open("x", encoding="utf-8") as file:  # not over one that came meanwhile
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def check_many(adapters: list[str] | None, requests: Path | None, refused: list[str]) -> None:

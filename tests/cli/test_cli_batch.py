@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from fastpeft import PeftModel
-from fastpeft.cli import main, models
+from fastpeft.cli import batch, main, models
+from fastpeft.cli.errors import CommandError
 from fastpeft.cli.requests import SAMPLING, Request, cut_batches
+from fastpeft.cli.results import Results
 from fastpeft.demo import BASE
 
 DEFAULTS = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
@@ -187,6 +189,65 @@ def test_results_of_other_prompts_are_not_gone_on_with(cli, named, prompts, tmp_
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join([lines[0], lines[2], lines[1]]))
     assert "line 2 is not that prompt's result" in cli(*options, "--resume").err
+
+
+def test_a_file_that_is_not_of_this_run_is_never_written_over(cli, named, prompts, tmp_path):
+    """Where the record belongs may lie anything, even the prompts."""
+    record = prompts(LINES[:2]).rename(tmp_path / "out.run.json")
+    before = record.read_bytes()
+    for resume in ([], ["--resume"]):
+        answer = cli("generate", *named, "--prompts", record, "--output", tmp_path / "out", *GREEDY, *resume)
+        assert answer.code == 2
+        assert "give another file with --output" in answer.err
+        assert record.read_bytes() == before
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_with_one_output_the_later_one_stops(resume, cli, named, prompts, tmp_path, monkeypatch):
+    """The other one writes all its lines while this one loads its model."""
+    output, load_base = tmp_path / "out", batch.load_base
+    options = ["generate", *named, "--prompts", prompts(LINES[:2]), "--output", output, *GREEDY]
+    if resume:
+        assert cli(*options).code == 0
+        whole = output.read_bytes()
+        output.write_bytes(whole.splitlines(keepends=True)[0])
+        options.append("--resume")
+
+    def other_run_first(*arguments):
+        monkeypatch.setattr(batch, "load_base", load_base)
+        assert main([str(option) for option in options]) == 0
+        return load_base(*arguments)
+
+    monkeypatch.setattr(batch, "load_base", other_run_first)
+    answer = cli(*options)
+    assert answer.code == 2
+    assert ("was changed while this run went on" if resume else "was made by somebody else") in answer.err
+    assert len(rows_of(output.read_text())) == 2
+    assert cli(*options, "--resume").code == 0  # and it can be gone on with
+
+
+def test_a_run_whose_file_another_one_writes_to_stops(tmp_path):
+    request = Request(1, "Once", "a", DEFAULTS)
+    results = Results(tmp_path / "out", {}, False, [request])
+    results.open()
+    results.write([request.result("é")])
+    with (tmp_path / "out").open("a") as other:
+        other.write("theirs")
+    with pytest.raises(CommandError, match="is another one writing to it"):
+        results.write([request.result("x")])
+    assert (tmp_path / "out").read_text().endswith("theirs")
+
+
+def test_where_no_file_can_be_is_said_before_the_model_is_loaded(cli, named, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "load_base", None)
+    file = prompts(LINES[:2])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.run.json").mkdir()
+    for output, said in (("folder", "is a folder"), ("x", "is a folder"), ("prompts.jsonl/x", "is a file and not")):
+        answer = cli("generate", *named, "--prompts", file, "--output", tmp_path / output, *GREEDY)
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert said in answer.err
 
 
 BAD_LINES = [
