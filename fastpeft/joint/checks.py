@@ -21,6 +21,9 @@ def check_arguments(args: Any) -> None:
         "one process and one GPU are supported; set CUDA_VISIBLE_DEVICES": args.world_size > 1 or args.n_gpu > 1,
         "fp16=True scales all losses as one: an overflow of one would skip the others' step; use bf16": args.fp16,
         "label_smoothing_factor is not supported; give compute_loss_func": args.label_smoothing_factor != 0,
+        "neftune_noise_alpha scales its noise by the longest row of all adapters; leave it out": (
+            args.neftune_noise_alpha is not None
+        ),
         "auto_find_batch_size cannot tell whose batch to shrink; set the batch sizes": args.auto_find_batch_size,
         "load_best_model_at_end: each adapter has a best step of its own; evaluate, and keep checkpoints": (
             args.load_best_model_at_end or "best" in strategies

@@ -218,6 +218,29 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """As Trainer's; rows of the caller's are given as {adapter name: rows}."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str | TaggedRows)):
+            eval_dataset = self._tagged(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        """As Trainer's, for {adapter name: rows} of one adapter."""
+        rows = list(self._tagged(test_dataset).values())
+        if len(rows) != 1:
+            raise ValueError(f"expected the rows of one adapter, got {len(rows)}; call predict for each")
+        return super().predict(cast(Any, rows[0]), ignore_keys, metric_key_prefix)
+
+    def _tagged(self, rows: Any) -> dict[str, TaggedRows]:
+        known = self.model.peft_config
+        if not isinstance(rows, Mapping) or not all(name in known for name in rows):
+            given = f"names {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else f"a {type(rows).__name__}"
+            raise ValueError(
+                f"joint training: expected {{adapter name: rows}} with names of {', '.join(known)}, got {given}; say "
+                "whose rows they are"
+            )
+        return {name: own if isinstance(own, TaggedRows) else TaggedRows(name, own) for name, own in rows.items()}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the figures of each adapter in the place of those that only one run has."""
         if "learning_rate" in logs:
@@ -300,24 +323,24 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             for name in self._in_update
             if name not in self.diverged
         }
-        self._leave_out(norms, "gradient")
+        lost = self._leave_out(norms, "gradient")
         rates = {group["adapter"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        trained = [name for name in norms if name not in self.diverged]
+        trained = [name for name in norms if name not in lost]  # also not who is still well, and waits for the next
         for name, parameters in self.parameters_of.items():
             if name not in trained:
                 for parameter in parameters:
                     parameter.grad = None  # a zero would still decay the weight
             elif self.adapter_args[name].max_grad_norm > 0:
                 nn.utils.clip_grads_with_norm_(parameters, self.adapter_args[name].max_grad_norm, norms[name])
-        self._since_log.add_update(trained, self._in_update, norms, rates)
+        self._since_log.add_update([n for n in norms if n not in self.diverged], self._in_update, norms, rates)
         self._in_update = {}
         if len(self.diverged) == len(self.parameters_of):
             self.control.should_training_stop = True
 
-    def _leave_out(self, values: Mapping[str, Tensor], what: str) -> bool:
-        """Adapters whose loss or norm is not finite train no further. Returns whether there are any."""
+    def _leave_out(self, values: Mapping[str, Tensor], what: str) -> list[str]:
+        """Adapters whose loss or norm is not finite train no further. Returns all of them, also those still well."""
         if not values:
-            return False
+            return []
         finite = torch.stack([value.detach().float() for value in values.values()]).isfinite().tolist()
         lost = [name for name, good in zip(values, finite, strict=True) if not good]
         # What is infinite in one may have reached the others through a sum over all; then those are still well.
@@ -329,7 +352,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             )  # fmt: skip
             self.diverged.add(name)
             self.log({f"{DIVERGED}{name}": 1.0})
-        return bool(lost)
+        return lost
 
 
 class _AtTheBeginning(TrainerCallback):
