@@ -150,13 +150,22 @@ def _check_places(output: Path, record: Path) -> None:
 
 
 def record_of(prompts: Path, adapters: dict[str, str], base: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What the results of a run depend on: contents of files by their SHA-256, options by value."""
+    """What the results of a run depend on: files by their SHA-256, options by value, a base's weights by size."""
     return {
         "the prompts file": _sha256(prompts),
         **{f"adapter {name}": [_sha256(file) for file in _files_of(Path(folder))] for name, folder in adapters.items()},
-        "the base": base,
+        "the base": [base, *_base_files(Path(base).expanduser())],
         **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
     }
+
+
+def _base_files(folder: Path) -> list[Any]:
+    """Of a base in a folder: its config by content, its weights by size, for they are large."""
+    configs = [_sha256(file) for file in [folder / "config.json"] if file.is_file()]
+    weights = [
+        [file.name, file.stat().st_size] for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}")
+    ]
+    return [*configs, *sorted(weights)]
 
 
 def _files_of(folder: Path) -> list[Path]:

@@ -250,6 +250,53 @@ def test_where_no_file_can_be_is_said_before_the_model_is_loaded(cli, named, pro
         assert said in answer.err
 
 
+@pytest.fixture
+def bare_base(tmp_path):
+    """The base, its tokenizer without tokens for the beginning, the end and the padding of a text."""
+    folder = tmp_path / "bare"
+    shutil.copytree(BASE, folder)
+    for file in folder.glob("*.json"):
+        if file.name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
+            special = [f"{what}_token{end}" for what in ("pad", "eos", "bos") for end in ("", "_id")]
+            found = {key: value for key, value in json.loads(file.read_text()).items() if key not in special}
+            file.write_text(json.dumps(found))
+    return folder
+
+
+def test_a_tokenizer_without_special_tokens(cli, named, prompts, bare_base):
+    assert models.load_tokenizer(str(bare_base)).pad_token_id is None
+    answer = cli("generate", *named, "--base", bare_base, "--prompts", prompts(LINES[:2]), *GREEDY)
+    assert answer.code == 0, answer.err
+    assert [row["prompt"] for row in rows_of(answer.out)] == [line["prompt"] for line in LINES[:2]]
+    answer = cli("generate", *named, "--base", bare_base, "--prompts", prompts([LINES[0], LINES[4]]), *GREEDY)
+    assert (answer.code, answer.out) == (2, "")
+    assert "line 2: no token to go on from" in answer.err
+
+
+def test_another_base_in_the_same_folder_is_not_gone_on_with(cli, named, prompts, bare_base, tmp_path):
+    options = [*named, "--base", bare_base, "--prompts", prompts(LINES[:2]), "--output", tmp_path / "out", *GREEDY]
+    assert cli("generate", *options).code == 0
+    config = bare_base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    answer = cli("generate", *options, "--resume")
+    assert answer.code == 2
+    assert "the base changed since" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("options", "resumable"),
+    [(("--prompts=p", "--output=o"), True), (("--prompts", "p", "-o", "o"), True), (("--prompts", "p"), False)],
+)
+def test_who_is_stopped_hears_whether_the_run_can_go_on(options, resumable, cli, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "generate_batch", stop)
+    answer = cli("generate", "--adapter", "a=x", *options)
+    assert answer.code == 130
+    assert ("--resume goes on" in answer.err) is resumable
+
+
 BAD_LINES = [
     ("not json", "not JSON"),
     ("[1]", 'expected a JSON object with "prompt"'),
@@ -269,6 +316,11 @@ BAD_LINES = [
     ({"prompt": "Once", "adapter": "a", "temperature": "hot"}, "temperature must be a number from 0"),
     ({"prompt": "Once", "adapter": "a", "temperature": float("inf")}, "temperature must be a number from 0"),
     ({"prompt": "Once", "adapter": "a", "top_p": True}, "top_p must be a number from 0.01 to 1"),
+    ({"prompt": "Once", "adapter": "a", "id": "\ud800"}, "it has half of a surrogate pair"),
+    ({"prompt": "\udfff", "adapter": "a"}, "it has half of a surrogate pair"),
+    ({"prompt": "Once", "adapter": {"a": 10**400}}, "the weight of adapter 'a' must be a finite number, got 1000"),
+    ({"prompt": "Once", "adapter": "a", "temperature": 10**400}, "temperature must be a number from 0, got 1000"),
+    ({"prompt": "Once", "adapter": "a", "max_new_tokens": 10**400}, "max_new_tokens must be a whole number from 1"),
     ({"prompt": "Once", "adapter": "a", "max_new_tokens": 5000}, "the model reads 1024 tokens: "),
 ]
 
@@ -301,6 +353,19 @@ def test_a_line_that_cannot_be_used_is_named_before_anything_is_written(line, sa
         (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--samples", "2"), 2, "--samples cannot be used"),
         (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--resume"), 2, "name it with --output"),
         (("--adapter", "a.b=ADAPTER", "--prompts", "PROMPTS"), 1, "cannot be used"),
+        (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--no-stream"), 2, "--no-stream cannot be used"),
+        (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--stream"), 2, "--stream and --no-stream cannot be used"),
+        (
+            ("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--temperature", "inf"),
+            2,
+            "--temperature must be a number",
+        ),
+        (
+            ("ADAPTER", "Hello", "--repetition-penalty", "inf"),
+            2,
+            "--repetition-penalty must be a number from 0.01, got",
+        ),
+        (("ADAPTER", "Hello", "--batch-size", "7"), 2, "--batch-size goes with --prompts"),
         (("ADAPTER", "Hello", "--resume"), 2, "--resume goes with --prompts"),
         ((), 2, "no adapter: give its folder"),
     ],
