@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import (
     LOSS_MAPPING,
     ForCausalLMLoss,
@@ -30,8 +30,8 @@ def check_loss(base: Any) -> None:
     """
     name = type(base).__name__
     config: Any = getattr(base, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    if any(getattr(part, "output_router_logits", False) for part in (config, text)):
+    nested = [part for part in getattr(config, "__dict__", {}).values() if isinstance(part, PreTrainedConfig)]
+    if any(getattr(part, "output_router_logits", False) for part in (config, *nested)):
         raise ValueError(
             f"joint training: {name} adds a loss of its router over the rows of all adapters, which has no part for "
             f"each (config.output_router_logits=True); set it to False, or {GIVE_ONE}"

@@ -8,6 +8,7 @@ from transformers import Trainer, default_data_collator
 
 from fastpeft import LoraConfig, get_peft_model
 from fastpeft.joint import AdapterTraining, JointTrainer
+from fastpeft.joint.losses import check_loss
 
 TARGETS = {
     "gpt2": {"target_modules": ["c_attn"], "fan_in_fan_out": True},
@@ -118,3 +119,14 @@ def test_a_model_with_another_loss_needs_one(make, target, message, tmp_path):
         model, arguments(tmp_path), trainings, data_collator=PAD,
         compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum(),
     )  # fmt: skip
+
+
+def test_a_router_is_found_in_the_part_that_reads_text():
+    from transformers import LlavaConfig, MixtralConfig
+
+    base = build("llama")
+    base.config = LlavaConfig(text_config=MixtralConfig(output_router_logits=True))
+    with pytest.raises(ValueError, match="a loss of its router"):
+        check_loss(base)
+    base.config = LlavaConfig(text_config=MixtralConfig())
+    check_loss(base)
