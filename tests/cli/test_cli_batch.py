@@ -13,12 +13,8 @@ import pytest
 
 from fastpeft import PeftModel
 from fastpeft.cli import batch, main, models
-from fastpeft.cli.errors import CommandError
-from fastpeft.cli.requests import SAMPLING, Request, cut_batches
-from fastpeft.cli.results import Results
 from fastpeft.demo import BASE
 
-DEFAULTS = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
 GREEDY = ("--temperature", 0, "-n", 6, "--dtype", "fp32", "--batch-size", 3)
 LINES = [
     {"prompt": "The hacker", "adapter": "a", "id": "first"},
@@ -227,18 +223,6 @@ def test_of_two_runs_with_one_output_the_later_one_stops(resume, cli, named, pro
     assert cli(*options, "--resume").code == 0  # and it can be gone on with
 
 
-def test_a_run_whose_file_another_one_writes_to_stops(tmp_path):
-    request = Request(1, "Once", "a", DEFAULTS)
-    results = Results(tmp_path / "out", {}, False, [request])
-    results.open()
-    results.write([request.result("é")])
-    with (tmp_path / "out").open("a") as other:
-        other.write("theirs")
-    with pytest.raises(CommandError, match="is another one writing to it"):
-        results.write([request.result("x")])
-    assert (tmp_path / "out").read_text().endswith("theirs")
-
-
 def test_where_no_file_can_be_is_said_before_the_model_is_loaded(cli, named, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "load_base", None)
     file = prompts(LINES[:2])
@@ -388,17 +372,3 @@ def test_adapters_of_two_bases_are_told_apart(cli, adapter, second, copy_of, pro
     answer = cli("generate", *options)
     assert answer.code == 2
     assert "name the base of both with --base" in answer.err
-
-
-def test_batches_hold_lines_that_sample_alike_and_fit_together():
-    def requests(*changes):
-        return [Request(i, "", "a", DEFAULTS | change) for i, change in enumerate(changes)]
-
-    assert set(SAMPLING) == set(DEFAULTS)
-    lines = requests({}, {"max_new_tokens": 2}, {"temperature": 1.0}, {"temperature": 1.0}, {})
-    assert [list(b) for b in cut_batches(lines, [3] * 5, 8, None)] == [[0, 1], [2, 3], [4]]
-    assert [list(b) for b in cut_batches(lines[:2] * 2, [3] * 4, 3, None)] == [[0, 1, 2], [3]]
-    long = requests({"max_new_tokens": 90}, {"max_new_tokens": 10}, {"max_new_tokens": 10})
-    # the second would be written on for 90 tokens after its 80
-    assert [list(b) for b in cut_batches(long, [5, 80, 2], 8, 100)] == [[0], [1, 2]]
-    assert list(cut_batches([], [], 3, None)) == []
