@@ -79,13 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(name, one_line(error, limit=1000))
         return error.code
     except (KeyboardInterrupt, typer.Abort):
-        resumable = command == "train" or "--prompts" in arguments
+        resumable = command == "train" or (_given(arguments, "--prompts") and _given(arguments, "--output", "-o"))
         complain(name, "stopped" + ("; the same command with --resume goes on" if resumable else ""))
         return INTERRUPTED
     except Exception as error:
         reraise_if_debugging(error)
         complain(name, f"{type(error).__name__}: {one_line(error)} (--debug before the command shows where)")
         return 1
+
+
+def _given(arguments: Sequence[str], name: str, short: str | None = None) -> bool:
+    """Whether an option with a value is among the arguments, in any of its spellings."""
+    spelled = (a == name or a.startswith(f"{name}=") for a in arguments)
+    return any(spelled) or (short is not None and any(a.startswith(short) for a in arguments))
 
 
 def complain(name: str, message: str) -> None:

@@ -137,7 +137,8 @@ def complete_rows(
         )  # fmt: skip
     new = [out[row, longest : longest + most] for row, most in enumerate(wanted)]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in new]
-    return texts, sum(int((row != tokenizer.pad_token_id).sum()) for row in new)
+    fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # generate's own rule
+    return texts, sum(len(row) if fill is None else int((row != fill).sum()) for row in new)
 
 
 class BatchProgress:

@@ -10,6 +10,7 @@ from fastpeft.cli.errors import CommandError
 from fastpeft.cli.train_options import Precision
 
 SAMPLING, BATCH = "Sampling", "Many adapters"
+LINES = 16  # of --prompts at a time
 
 
 def generate(
@@ -48,7 +49,9 @@ def generate(
     ] = 1.0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Texts a prompt.", rich_help_panel=SAMPLING)] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same text.", rich_help_panel=SAMPLING)] = None,
-    stream: Annotated[bool, typer.Option(help="Print words as they come.")] = True,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Print words as they come; the default.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help='Also write .jsonl rows of "prompt" and "completion".')
     ] = None,
@@ -73,7 +76,9 @@ def generate(
             rich_help_panel=BATCH,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Lines at a time.", rich_help_panel=BATCH)] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"Lines at a time; default: {LINES}.", rich_help_panel=BATCH)
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on in --output after its last whole line.", rich_help_panel=BATCH)
     ] = False,
@@ -94,28 +99,28 @@ def generate(
        "temperature": 0.0, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
     "adapter" may also be "__base__", for none, or weights: {"a": 0.7, "b": 0.3}. Results come in the lines' order.
     """
+    choices: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    check_sampling(choices)
     if adapters or requests:
         refused = {
             adapter or "": adapter, "the prompts in quotes": prompts, "--prompts-file": prompts_file,
             "--no-adapter": no_adapter, "--samples": samples > 1,
         }  # fmt: skip
-        check_many(adapters, requests, [option for option, given in refused.items() if given])
+        folders, lines = check_many(adapters, requests, [option for option, given in refused.items() if given])
+        if stream is not None:
+            raise CommandError("--stream and --no-stream cannot be used with --prompts: lines come in batches")
         from fastpeft.cli.batch import BatchSettings, generate_batch
 
-        choices = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-            "repetition_penalty": repetition_penalty,
-        }  # fmt: skip
-        generate_batch(
-            BatchSettings(
-                adapters or [], requests or Path(), output, base, batch_size, choices, seed, resume, dtype, device
-            )
-        )
+        size = batch_size or LINES
+        generate_batch(BatchSettings(folders, lines, output, base, size, choices, seed, resume, dtype, device))
         return
     if adapter is None:
         raise CommandError("no adapter: give its folder, or many of them with --adapter NAME=FOLDER and --prompts")
-    if resume:
-        raise CommandError("--resume goes with --prompts: leave it out")
+    if resume or batch_size:
+        raise CommandError(f"{'--resume' if resume else '--batch-size'} goes with --prompts: leave it out")
     texts = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise CommandError("no prompt: give one in quotes, or a file with --prompts-file")
@@ -126,8 +131,7 @@ def generate(
     where = base_of(adapter, base)
     tokenizer = load_tokenizer(where)
     model = load_adapter(load_base(where, dtype, device), adapter)
-    rows = []
-    choices = sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)
+    rows, streams = [], stream is not False
     if seed is not None:
         from transformers import set_seed
 
@@ -135,17 +139,32 @@ def generate(
     for number, prompt in enumerate(text for text in texts for _ in range(samples)):
         if number:
             print()
-        completion = complete(model, tokenizer, prompt, choices, stream=stream, adapter=not no_adapter)
+        completion = complete(model, tokenizer, prompt, sampling(**choices), stream=streams, adapter=not no_adapter)
         rows.append({"prompt": prompt, "completion": completion})
-        if not stream:
+        if not streams:
             print(prompt + completion)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        with output.open("x", encoding="utf-8") as file:  # not over one that came meanwhile
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def check_many(adapters: list[str] | None, requests: Path | None, refused: list[str]) -> None:
-    """Raise CommandError unless --adapter and --prompts are there, and nothing that says the same in another way."""
+def check_sampling(choices: dict[str, Any]) -> None:
+    """Raise CommandError for a value that a line of --prompts may not have either."""
+    from fastpeft.cli import requests
+
+    for key, value in choices.items():
+        if not requests.fits(key, value):
+            option = f"--{key.replace('_', '-')}"
+            raise CommandError(f"{option} must be {requests.SAMPLING[key][-1]}, got {value}")
+
+
+def check_many(adapters: list[str] | None, requests: Path | None, refused: list[str]) -> tuple[list[str], Path]:
+    """--adapter and --prompts, which both must be there, and nothing that says the same in another way.
+
+    Raises:
+        CommandError: with what to leave out or to give.
+    """
     if not adapters or not requests:
         raise CommandError("--adapter NAME=FOLDER and --prompts FILE.jsonl go together: give both")
     if refused:
@@ -153,6 +172,7 @@ def check_many(adapters: list[str] | None, requests: Path | None, refused: list[
             f"{refused[0]} cannot be used with --prompts: name adapters with --adapter NAME=FOLDER, and write prompts "
             f"into {requests}"
         )
+    return adapters, requests
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -196,6 +216,8 @@ def complete(
     inputs.pop("token_type_ids", None)
     limit = getattr(model.config, "max_position_embeddings", None)
     length = inputs["input_ids"].shape[1]
+    if not length:
+        raise CommandError("the prompt has no token to go on from: write some text")
     if limit and length + choices["max_new_tokens"] > limit:
         raise CommandError(
             f"the model reads {limit} tokens: {length} of the prompt and --max-new-tokens {choices['max_new_tokens']} "

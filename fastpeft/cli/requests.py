@@ -104,6 +104,11 @@ class _BadLine(ValueError):
 def _request(number: int, line: str, adapters: Sequence[str], sampling: Mapping[str, Any]) -> Request:
     try:
         found = json.loads(line)
+        json.dumps(found, ensure_ascii=False).encode()  # as its result will be written
+    except UnicodeEncodeError:
+        raise _BadLine(
+            "it has half of a surrogate pair (\\ud800 to \\udfff), which is no text; write whole characters"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise _BadLine(f"not JSON ({one_line(error, 80)}); write one object a line") from None
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
@@ -112,15 +117,27 @@ def _request(number: int, line: str, adapters: Sequence[str], sampling: Mapping[
     if unknown:
         raise _BadLine(f"no key is called {_short(unknown[0])}; there are {', '.join(KEYS)}")
     chosen = dict(sampling)
-    for key, (kind, low, high, text) in SAMPLING.items():
+    for key, (*_, text) in SAMPLING.items():
         if key in found:
-            value = found[key]
-            right = isinstance(value, kind) and not isinstance(value, bool)
-            if not right or not low <= cast(float, value) <= high or value == math.inf:
-                raise _BadLine(f"{key} must be {text}, got {_short(value)}")
-            chosen[key] = value
+            if not fits(key, found[key]):
+                raise _BadLine(f"{key} must be {text}, got {_short(found[key])}")
+            chosen[key] = found[key]
     choice = _choice(found, adapters)
     return Request(number, found["prompt"], choice, chosen, found.get("id"), "id" in found)
+
+
+def fits(key: str, value: Any) -> bool:
+    """Whether a key of SAMPLING may have this value."""
+    kind, low, high, _ = SAMPLING[key]
+    return isinstance(value, kind) and _finite(value) and low <= cast(float, value) <= high
+
+
+def _finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold; JSON's whole numbers know no bound."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _choice(found: dict[str, Any], adapters: Sequence[str]) -> Choice:
@@ -136,7 +153,7 @@ def _choice(found: dict[str, Any], adapters: Sequence[str]) -> Choice:
     for name, weight in weights.items():
         if name not in adapters and (name != BASE or weights is choice):
             raise _BadLine(f"no adapter {_short(name)}; there are {_listed(adapters)}, given with --adapter")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if not _finite(weight):
             raise _BadLine(f"the weight of adapter {name!r} must be a finite number, got {_short(weight)}")
     return choice if isinstance(choice, str) else {name: float(weight) for name, weight in choice.items()}
 
@@ -153,8 +170,13 @@ def _short(value: Any) -> str:
 
 
 def check_lengths(file: Path, requests: Sequence[Request], lengths: Sequence[int], limit: int | None) -> None:
-    """Raise CommandError for the first line whose prompt and completion are longer than the model reads."""
+    """Raise CommandError for the first line that has no token, or with its completion more than the model reads."""
     for request, length in zip(requests, lengths, strict=True):
+        if not length:
+            raise CommandError(
+                f"{file}, line {request.line}: no token to go on from, for the tokenizer has none for the beginning "
+                "of a text; write a prompt"
+            )
         new = request.sampling["max_new_tokens"]
         if limit and length + new > limit:
             raise CommandError(

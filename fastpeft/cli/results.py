@@ -5,12 +5,12 @@ Beside OUTPUT lies OUTPUT.run.json, with what the results depend on; a later run
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastpeft.cli.errors import CommandError, one_line
-from fastpeft.cli.output import write_json
 from fastpeft.cli.requests import Request
 
 
@@ -29,26 +29,48 @@ class Results:
     def __init__(self, output: Path | None, record: dict[str, Any], resume: bool, requests: Sequence[Request]) -> None:
         self.output, self.record = output, record
         self.done = 0  # lines that are in the file
-        self._size = 0  # bytes of the file that hold whole lines
+        self._size = self._seen = 0  # bytes of the file: in whole lines, and in all
         if output is None:
             if resume:
                 raise CommandError("--resume goes on in a file: name it with --output")
             return
         self._record_file = output.with_name(output.name + ".run.json")
-        if resume and output.exists():
+        _check_places(output, self._record_file)
+        self._goes_on, self._has_record = resume and output.exists(), resume and self._record_file.exists()
+        if self._goes_on or self._has_record:
             self._check_record(record)
+        if self._goes_on:
             self._count_whole_lines(requests)
         elif output.exists():
             raise CommandError(f"{output} exists: give another file with --output, or --resume to go on with it")
+        elif self._record_file.exists() and not resume:
+            raise CommandError(
+                f"{self._record_file} exists, where the record of this run belongs: give another file with --output, "
+                "or move it away"
+            )
 
     def open(self) -> None:
-        """Make the file, or drop what comes after its last whole line, of a run that was killed."""
+        """Make the file, or drop what comes after its last whole line, of a run that was killed.
+
+        Raises:
+            CommandError: another run began to write there since this one looked; nothing of it is touched.
+        """
         if self.output is None:
             return
+        if self._goes_on:
+            with self._opened() as file:
+                file.truncate(self._size)
+            self._seen = self._size
+            return
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._record_file, self.record)
-        with self.output.open("ab") as file:
-            file.truncate(self._size)
+        if not self._has_record:
+            self._make(self._record_file, json.dumps(self.record, indent=1) + "\n")
+        try:
+            self._make(self.output, "")
+        except CommandError:
+            if not self._has_record:
+                self._record_file.unlink()
+            raise
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add lines at the end; they are in the file when this returns."""
@@ -56,9 +78,31 @@ class Results:
         if self.output is None:
             print(text, end="", flush=True)
         else:
-            with self.output.open("a", encoding="utf-8") as file:
-                file.write(text)
+            with self._opened() as file:
+                self._seen += file.write(text.encode())
         self.done += len(rows)
+
+    def _opened(self) -> BinaryIO:
+        """The file, at its end, which must be where this run left it."""
+        assert self.output is not None
+        file = self.output.open("r+b")
+        if file.seek(0, os.SEEK_END) != self._seen:
+            file.close()
+            raise CommandError(
+                f"{self.output} was changed while this run went on: is another one writing to it? Give each run a "
+                "file of its own with --output"
+            )
+        return file
+
+    def _make(self, file: Path, text: str) -> None:
+        try:
+            with file.open("x", encoding="utf-8") as made:
+                made.write(text)
+        except FileExistsError as error:
+            raise CommandError(
+                f"{file} was made by somebody else while the model was loaded, and is left as it is: give another "
+                "file with --output"
+            ) from error
 
     def _check_record(self, record: dict[str, Any]) -> None:
         try:
@@ -79,6 +123,7 @@ class Results:
     def _count_whole_lines(self, requests: Sequence[Request]) -> None:
         assert self.output is not None
         data = self.output.read_bytes()
+        self._seen = len(data)
         self._size = data.rfind(b"\n") + 1
         lines = data[: self._size].decode("utf-8", "replace").split("\n")[:-1]
         for number, line in enumerate(lines):
@@ -94,14 +139,33 @@ class Results:
         self.done = len(lines)
 
 
+def _check_places(output: Path, record: Path) -> None:
+    """Raise CommandError where no file can be written: a folder has the name, or a file the name of the folder."""
+    for file in (output, record):
+        if file.is_dir():
+            raise CommandError(f"{file} is a folder, where a file of this run belongs: give another --output")
+    for folder in output.parents:
+        if folder.exists() and not folder.is_dir():
+            raise CommandError(f"{folder} is a file and not a folder: give another --output")
+
+
 def record_of(prompts: Path, adapters: dict[str, str], base: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What the results of a run depend on: contents of files by their SHA-256, options by value."""
+    """What the results of a run depend on: files by their SHA-256, options by value, a base's weights by size."""
     return {
         "the prompts file": _sha256(prompts),
         **{f"adapter {name}": [_sha256(file) for file in _files_of(Path(folder))] for name, folder in adapters.items()},
-        "the base": base,
+        "the base": [base, *_base_files(Path(base).expanduser())],
         **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
     }
+
+
+def _base_files(folder: Path) -> list[Any]:
+    """Of a base in a folder: its config by content, its weights by size, for they are large."""
+    configs = [_sha256(file) for file in [folder / "config.json"] if file.is_file()]
+    weights = [
+        [file.name, file.stat().st_size] for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}")
+    ]
+    return [*configs, *sorted(weights)]
 
 
 def _files_of(folder: Path) -> list[Path]:

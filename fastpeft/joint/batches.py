@@ -1,6 +1,6 @@
 """The batches of a joint run: each adapter's own rows, in the order in which a run of it alone would take them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ class JointBatches(Dataset[list[Row]]):
         self.schedules = dict(schedules)
         self.accumulation = accumulation
         self.updates = max(schedule.updates for schedule in schedules.values())
-        self.rows = [sum(len(_taken(s, update)) for s in schedules.values()) for update in range(self.updates)]
+        self.rows = _rows_by_update(schedules.values(), self.updates)
         if min(self.rows) < accumulation:
             raise ValueError(
                 f"update {self.rows.index(min(self.rows))} has {min(self.rows)} rows and cannot be cut into "
@@ -94,6 +94,17 @@ def _taken(schedule: Schedule, update: int) -> range:
         return range(0)
     first = update % schedule.updates_an_epoch * schedule.batch
     return range(first, min(first + schedule.batch, schedule.rows))
+
+
+def _rows_by_update(schedules: Iterable[Schedule], updates: int) -> list[int]:
+    """How many rows each update has, all adapters together: the sum of what `_taken` gives."""
+    counts = torch.zeros(updates, dtype=torch.int64)
+    for schedule in schedules:
+        own, epoch = counts[: schedule.updates], schedule.updates_an_epoch
+        own += schedule.batch
+        own[epoch - 1 :: epoch] += schedule.rows - epoch * schedule.batch  # the last one of an epoch may be smaller
+    rows: list[int] = counts.tolist()
+    return rows
 
 
 class JointCollator:

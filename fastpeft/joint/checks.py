@@ -21,6 +21,9 @@ def check_arguments(args: Any) -> None:
         "one process and one GPU are supported; set CUDA_VISIBLE_DEVICES": args.world_size > 1 or args.n_gpu > 1,
         "fp16=True scales all losses as one: an overflow of one would skip the others' step; use bf16": args.fp16,
         "label_smoothing_factor is not supported; give compute_loss_func": args.label_smoothing_factor != 0,
+        "neftune_noise_alpha scales its noise by the longest row of all adapters; leave it out": (
+            args.neftune_noise_alpha is not None
+        ),
         "auto_find_batch_size cannot tell whose batch to shrink; set the batch sizes": args.auto_find_batch_size,
         "load_best_model_at_end: each adapter has a best step of its own; evaluate, and keep checkpoints": (
             args.load_best_model_at_end or "best" in strategies
@@ -44,6 +47,12 @@ def arguments_of_all(args: Any, batches: JointBatches) -> Any:
     return shared
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError for what is not a PeftModel."""
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"expected a fastpeft model with adapters, got {type(model).__name__}; see get_peft_model")
+
+
 def make_trainable(model: PeftModel, adapters: Sequence[str]) -> dict[str, list[nn.Parameter]]:
     """Train these adapters and freeze all others.
 
@@ -54,8 +63,6 @@ def make_trainable(model: PeftModel, adapters: Sequence[str]) -> dict[str, list[
         ValueError: no adapter, an unknown one, or one with nothing to train; or parameters outside of adapters are
             trainable, which would belong to all of them. Nothing has changed then.
     """
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"expected a fastpeft model with adapters, got {type(model).__name__}; see get_peft_model")
     unknown = [name for name in adapters if name not in model.peft_config]
     if unknown or not adapters:
         asked = f"no adapter {', '.join(map(repr, unknown))}" if unknown else "no adapter to train"

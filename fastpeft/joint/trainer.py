@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fastpeft.integrations.transformers import AdapterTrainerMixin, folder_of
 from fastpeft.joint.batches import JointBatches, JointCollator, TaggedRows, slices_by_adapter, split_rows, without
-from fastpeft.joint.checks import arguments_of_all, check_arguments, make_trainable
+from fastpeft.joint.checks import arguments_of_all, check_arguments, check_model, make_trainable
+from fastpeft.joint.losses import check_loss, shifts_labels
 from fastpeft.joint.progress import SinceLog
 from fastpeft.joint.settings import AdapterTraining, Schedule
 from fastpeft.peft_model import PeftModel
@@ -49,12 +49,12 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             keep their order. Padding belongs on the right, where it changes no position.
         compute_loss_func: (outputs, labels, num_items_in_batch) of one adapter's rows -> its loss, divided by
             num_items_in_batch, the number of its labels in the update. By default the cross entropy, of causal models
-            with shifted labels.
+            with shifted labels; a model with another loss (regression, several labels a row, a router's) needs it.
         processing_class, callbacks, compute_metrics, optimizer_cls_and_kwargs: as in Trainer.
 
     Raises:
-        ValueError: an unknown adapter, something trainable that belongs to none of them, or an argument that has no
-            meaning for several adapters at once.
+        ValueError: an unknown adapter, something trainable that belongs to none of them, an argument that has no
+            meaning for several adapters at once, or a model whose loss has no part for each adapter.
     """
 
     train_dataset: Any
@@ -74,6 +74,11 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         check_arguments(args)
+        check_model(model)
+        base = self._base = cast(Any, model.get_base_model())
+        if compute_loss_func is None:
+            check_loss(base)
+        self._shifts = shifts_labels(base)
         own = {name: training.arguments(args) for name, training in adapters.items()}
         schedules = {name: Schedule.of(name, training, own[name]) for name, training in adapters.items()}
         self.parameters_of = make_trainable(model, list(adapters))
@@ -98,12 +103,9 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         self.data_collator = JointCollator(self._get_collator_with_removed_columns(self.data_collator))
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # each loss is a part of its update's
         self.loss_of_adapter = compute_loss_func
-        base = self._base = cast(Any, model.get_base_model())
         self._needs_labels = getattr(
             base.config, "is_encoder_decoder", False
         )  # its forward makes decoder inputs of them
-        causal = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-        self._shifts = causal and not self._needs_labels
         self.adapter_args = own
         self.schedules = schedules
         self.diverged: set[str] = set()  # adapters that have left the run
@@ -216,6 +218,29 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """As Trainer's; rows of the caller's are given as {adapter name: rows}."""
+        if not (eval_dataset is None or isinstance(eval_dataset, str | TaggedRows)):
+            eval_dataset = self._tagged(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        """As Trainer's, for {adapter name: rows} of one adapter."""
+        rows = list(self._tagged(test_dataset).values())
+        if len(rows) != 1:
+            raise ValueError(f"expected the rows of one adapter, got {len(rows)}; call predict for each")
+        return super().predict(cast(Any, rows[0]), ignore_keys, metric_key_prefix)
+
+    def _tagged(self, rows: Any) -> dict[str, TaggedRows]:
+        known = self.model.peft_config
+        if not isinstance(rows, Mapping) or not all(name in known for name in rows):
+            given = f"names {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else f"a {type(rows).__name__}"
+            raise ValueError(
+                f"joint training: expected {{adapter name: rows}} with names of {', '.join(known)}, got {given}; say "
+                "whose rows they are"
+            )
+        return {name: own if isinstance(own, TaggedRows) else TaggedRows(name, own) for name, own in rows.items()}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the figures of each adapter in the place of those that only one run has."""
         if "learning_rate" in logs:
@@ -245,10 +270,13 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
     # Losses.
 
     def _count_labels(self, batches: list[Any]) -> dict[str, Tensor]:
-        """How many labels each adapter has in the batches of one update: what its mean is over."""
+        """How many labels each adapter has in the batches of one update: what its mean is over, as Trainer counts.
+
+        Trainer goes by loss_type, and so counts a row's first label of GPT2LMHeadModel, though nothing predicts it.
+        """
         counts: dict[str, Tensor] = {}
         for batch in batches:
-            labels = batch["labels"][..., 1:] if self._shifts else batch["labels"]
+            labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
             for name, rows in slices_by_adapter(batch["adapter_names"]).items():
                 counts[name] = counts.get(name, 0) + labels[rows].ne(IGNORED).sum()
         return {name: count.clamp(min=1).to(self.args.device) for name, count in counts.items()}
@@ -295,24 +323,24 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             for name in self._in_update
             if name not in self.diverged
         }
-        self._leave_out(norms, "gradient")
+        lost = self._leave_out(norms, "gradient")
         rates = {group["adapter"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        trained = [name for name in norms if name not in self.diverged]
+        trained = [name for name in norms if name not in lost]  # also not who is still well, and waits for the next
         for name, parameters in self.parameters_of.items():
             if name not in trained:
                 for parameter in parameters:
                     parameter.grad = None  # a zero would still decay the weight
             elif self.adapter_args[name].max_grad_norm > 0:
                 nn.utils.clip_grads_with_norm_(parameters, self.adapter_args[name].max_grad_norm, norms[name])
-        self._since_log.add_update(trained, self._in_update, norms, rates)
+        self._since_log.add_update([n for n in norms if n not in self.diverged], self._in_update, norms, rates)
         self._in_update = {}
         if len(self.diverged) == len(self.parameters_of):
             self.control.should_training_stop = True
 
-    def _leave_out(self, values: Mapping[str, Tensor], what: str) -> bool:
-        """Adapters whose loss or norm is not finite train no further. Returns whether there are any."""
+    def _leave_out(self, values: Mapping[str, Tensor], what: str) -> list[str]:
+        """Adapters whose loss or norm is not finite train no further. Returns all of them, also those still well."""
         if not values:
-            return False
+            return []
         finite = torch.stack([value.detach().float() for value in values.values()]).isfinite().tolist()
         lost = [name for name, good in zip(values, finite, strict=True) if not good]
         # What is infinite in one may have reached the others through a sum over all; then those are still well.
@@ -324,7 +352,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             )  # fmt: skip
             self.diverged.add(name)
             self.log({f"{DIVERGED}{name}": 1.0})
-        return bool(lost)
+        return lost
 
 
 class _AtTheBeginning(TrainerCallback):

@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 
 from fastpeft import PeftModel
-from fastpeft.cli import main, models
-from fastpeft.cli.requests import SAMPLING, Request, cut_batches
+from fastpeft.cli import batch, main, models
 from fastpeft.demo import BASE
 
-DEFAULTS = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
 GREEDY = ("--temperature", 0, "-n", 6, "--dtype", "fp32", "--batch-size", 3)
 LINES = [
     {"prompt": "The hacker", "adapter": "a", "id": "first"},
@@ -189,6 +187,100 @@ def test_results_of_other_prompts_are_not_gone_on_with(cli, named, prompts, tmp_
     assert "line 2 is not that prompt's result" in cli(*options, "--resume").err
 
 
+def test_a_file_that_is_not_of_this_run_is_never_written_over(cli, named, prompts, tmp_path):
+    """Where the record belongs may lie anything, even the prompts."""
+    record = prompts(LINES[:2]).rename(tmp_path / "out.run.json")
+    before = record.read_bytes()
+    for resume in ([], ["--resume"]):
+        answer = cli("generate", *named, "--prompts", record, "--output", tmp_path / "out", *GREEDY, *resume)
+        assert answer.code == 2
+        assert "give another file with --output" in answer.err
+        assert record.read_bytes() == before
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_with_one_output_the_later_one_stops(resume, cli, named, prompts, tmp_path, monkeypatch):
+    """The other one writes all its lines while this one loads its model."""
+    output, load_base = tmp_path / "out", batch.load_base
+    options = ["generate", *named, "--prompts", prompts(LINES[:2]), "--output", output, *GREEDY]
+    if resume:
+        assert cli(*options).code == 0
+        whole = output.read_bytes()
+        output.write_bytes(whole.splitlines(keepends=True)[0])
+        options.append("--resume")
+
+    def other_run_first(*arguments):
+        monkeypatch.setattr(batch, "load_base", load_base)
+        assert main([str(option) for option in options]) == 0
+        return load_base(*arguments)
+
+    monkeypatch.setattr(batch, "load_base", other_run_first)
+    answer = cli(*options)
+    assert answer.code == 2
+    assert ("was changed while this run went on" if resume else "was made by somebody else") in answer.err
+    assert len(rows_of(output.read_text())) == 2
+    assert cli(*options, "--resume").code == 0  # and it can be gone on with
+
+
+def test_where_no_file_can_be_is_said_before_the_model_is_loaded(cli, named, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "load_base", None)
+    file = prompts(LINES[:2])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.run.json").mkdir()
+    for output, said in (("folder", "is a folder"), ("x", "is a folder"), ("prompts.jsonl/x", "is a file and not")):
+        answer = cli("generate", *named, "--prompts", file, "--output", tmp_path / output, *GREEDY)
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert said in answer.err
+
+
+@pytest.fixture
+def bare_base(tmp_path):
+    """The base, its tokenizer without tokens for the beginning, the end and the padding of a text."""
+    folder = tmp_path / "bare"
+    shutil.copytree(BASE, folder)
+    for file in folder.glob("*.json"):
+        if file.name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
+            special = [f"{what}_token{end}" for what in ("pad", "eos", "bos") for end in ("", "_id")]
+            found = {key: value for key, value in json.loads(file.read_text()).items() if key not in special}
+            file.write_text(json.dumps(found))
+    return folder
+
+
+def test_a_tokenizer_without_special_tokens(cli, named, prompts, bare_base):
+    assert models.load_tokenizer(str(bare_base)).pad_token_id is None
+    answer = cli("generate", *named, "--base", bare_base, "--prompts", prompts(LINES[:2]), *GREEDY)
+    assert answer.code == 0, answer.err
+    assert [row["prompt"] for row in rows_of(answer.out)] == [line["prompt"] for line in LINES[:2]]
+    answer = cli("generate", *named, "--base", bare_base, "--prompts", prompts([LINES[0], LINES[4]]), *GREEDY)
+    assert (answer.code, answer.out) == (2, "")
+    assert "line 2: no token to go on from" in answer.err
+
+
+def test_another_base_in_the_same_folder_is_not_gone_on_with(cli, named, prompts, bare_base, tmp_path):
+    options = [*named, "--base", bare_base, "--prompts", prompts(LINES[:2]), "--output", tmp_path / "out", *GREEDY]
+    assert cli("generate", *options).code == 0
+    config = bare_base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    answer = cli("generate", *options, "--resume")
+    assert answer.code == 2
+    assert "the base changed since" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("options", "resumable"),
+    [(("--prompts=p", "--output=o"), True), (("--prompts", "p", "-o", "o"), True), (("--prompts", "p"), False)],
+)
+def test_who_is_stopped_hears_whether_the_run_can_go_on(options, resumable, cli, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "generate_batch", stop)
+    answer = cli("generate", "--adapter", "a=x", *options)
+    assert answer.code == 130
+    assert ("--resume goes on" in answer.err) is resumable
+
+
 BAD_LINES = [
     ("not json", "not JSON"),
     ("[1]", 'expected a JSON object with "prompt"'),
@@ -208,6 +300,11 @@ BAD_LINES = [
     ({"prompt": "Once", "adapter": "a", "temperature": "hot"}, "temperature must be a number from 0"),
     ({"prompt": "Once", "adapter": "a", "temperature": float("inf")}, "temperature must be a number from 0"),
     ({"prompt": "Once", "adapter": "a", "top_p": True}, "top_p must be a number from 0.01 to 1"),
+    ({"prompt": "Once", "adapter": "a", "id": "\ud800"}, "it has half of a surrogate pair"),
+    ({"prompt": "\udfff", "adapter": "a"}, "it has half of a surrogate pair"),
+    ({"prompt": "Once", "adapter": {"a": 10**400}}, "the weight of adapter 'a' must be a finite number, got 1000"),
+    ({"prompt": "Once", "adapter": "a", "temperature": 10**400}, "temperature must be a number from 0, got 1000"),
+    ({"prompt": "Once", "adapter": "a", "max_new_tokens": 10**400}, "max_new_tokens must be a whole number from 1"),
     ({"prompt": "Once", "adapter": "a", "max_new_tokens": 5000}, "the model reads 1024 tokens: "),
 ]
 
@@ -240,6 +337,19 @@ def test_a_line_that_cannot_be_used_is_named_before_anything_is_written(line, sa
         (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--samples", "2"), 2, "--samples cannot be used"),
         (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--resume"), 2, "name it with --output"),
         (("--adapter", "a.b=ADAPTER", "--prompts", "PROMPTS"), 1, "cannot be used"),
+        (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--no-stream"), 2, "--no-stream cannot be used"),
+        (("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--stream"), 2, "--stream and --no-stream cannot be used"),
+        (
+            ("--adapter", "a=ADAPTER", "--prompts", "PROMPTS", "--temperature", "inf"),
+            2,
+            "--temperature must be a number",
+        ),
+        (
+            ("ADAPTER", "Hello", "--repetition-penalty", "inf"),
+            2,
+            "--repetition-penalty must be a number from 0.01, got",
+        ),
+        (("ADAPTER", "Hello", "--batch-size", "7"), 2, "--batch-size goes with --prompts"),
         (("ADAPTER", "Hello", "--resume"), 2, "--resume goes with --prompts"),
         ((), 2, "no adapter: give its folder"),
     ],
@@ -262,17 +372,3 @@ def test_adapters_of_two_bases_are_told_apart(cli, adapter, second, copy_of, pro
     answer = cli("generate", *options)
     assert answer.code == 2
     assert "name the base of both with --base" in answer.err
-
-
-def test_batches_hold_lines_that_sample_alike_and_fit_together():
-    def requests(*changes):
-        return [Request(i, "", "a", DEFAULTS | change) for i, change in enumerate(changes)]
-
-    assert set(SAMPLING) == set(DEFAULTS)
-    lines = requests({}, {"max_new_tokens": 2}, {"temperature": 1.0}, {"temperature": 1.0}, {})
-    assert [list(b) for b in cut_batches(lines, [3] * 5, 8, None)] == [[0, 1], [2, 3], [4]]
-    assert [list(b) for b in cut_batches(lines[:2] * 2, [3] * 4, 3, None)] == [[0, 1, 2], [3]]
-    long = requests({"max_new_tokens": 90}, {"max_new_tokens": 10}, {"max_new_tokens": 10})
-    # the second would be written on for 90 tokens after its 80
-    assert [list(b) for b in cut_batches(long, [5, 80, 2], 8, 100)] == [[0], [1, 2]]
-    assert list(cut_batches([], [], 3, None)) == []

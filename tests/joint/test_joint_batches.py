@@ -44,6 +44,13 @@ def test_an_update_is_cut_into_batches_of_equal_size():
         JointBatches(data, schedules, accumulation=4)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5, 7, 9])
+def test_the_rows_of_each_update_are_counted_without_taking_them(batch):
+    schedules = {"w": Schedule(7, batch, 11, None), "x": Schedule(4, 2, 3, 0)}
+    batches = JointBatches({"w": list(range(7)), "x": list(range(4))}, schedules)
+    assert batches.rows == [len(rows_) for rows_ in batches]
+
+
 def test_batches_are_the_same_whatever_was_asked_for_before():
     """A resumed run begins in the middle, and a worker sees every second batch."""
     batches = [JointBatches({"w": list(range(10))}, {"w": Schedule(10, 3, 9, 1)}) for _ in range(2)]

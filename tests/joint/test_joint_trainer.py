@@ -168,6 +168,34 @@ def test_an_adapter_that_diverges_leaves_and_the_others_go_on(learning_rate, tmp
     assert logged(resumed, "loss/w") == logged(together, "loss/w")
 
 
+def test_who_is_well_beside_a_broken_adapter_is_not_stepped_with_what_is_not_finite(tmp_path):
+    """Both gradients are NaN in the second update, and x's weights too: w goes on with the weights that it had."""
+    together = joint(tmp_path, {name: TRAININGS[name] for name in "wx"}, max_grad_norm=1.0)
+    first = {name: together.parameters_of[name][0] for name in "wx"}
+    calls = {"w": 0, "x": 0}
+
+    def spoil(name):
+        def hook(gradient):
+            calls[name] += 1
+            if calls[name] != 2:
+                return gradient
+            if name == "x":
+                with torch.no_grad():
+                    first["x"].view(-1)[0] = torch.nan
+            return gradient * torch.nan
+
+        return hook
+
+    for name in "wx":
+        first[name].register_hook(spoil(name))
+    together.train()
+    assert together.diverged == {"x"}
+    assert all(weight.isfinite().all() for weight in weights(together.model, "w").values())
+    losses = logged(together, "loss/w")
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
 def test_a_run_ends_when_all_have_diverged(tmp_path):
     trainings = {name: dataclasses.replace(TRAININGS[name], learning_rate=1e38) for name in "wx"}
     together = joint(tmp_path, trainings)
@@ -186,7 +214,20 @@ def test_each_adapter_is_measured_on_its_own_rows(tmp_path):
     for name in "wy":
         single = alone(name, tmp_path, trainings[name], per_device_eval_batch_size=2)
         single.train()
-        assert metrics[f"eval_{name}_loss"] == pytest.approx(single.evaluate(held[name])["eval_loss"], rel=1e-4)
+        wanted = single.evaluate(held[name])["eval_loss"]
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(wanted, rel=1e-4)
+        given = together.evaluate({name: held[name]})  # rows of the caller's
+        assert given[f"eval_{name}_loss"] == pytest.approx(wanted, rel=1e-4)
+        predicted, ours = single.predict(held[name]), together.predict({name: held[name]})
+        assert ours.metrics["test_loss"] == pytest.approx(predicted.metrics["test_loss"], rel=1e-4)
+        assert ours.predictions == pytest.approx(predicted.predictions, rel=1e-2, abs=1e-3)
+    for measure in (together.evaluate, together.predict):
+        with pytest.raises(ValueError, match=r"expected \{adapter name: rows\} .* got a list; say whose"):
+            measure(held["w"])
+        with pytest.raises(ValueError, match="with names of w, x, y, got names other"):
+            measure({"other": held["w"]})
+    with pytest.raises(ValueError, match="rows of one adapter, got 2"):
+        together.predict(held)
 
 
 def test_the_log_has_each_adapters_figures_and_the_sum(tmp_path):
@@ -265,6 +306,7 @@ def test_adapters_outside_the_run_stay_as_they_are(tmp_path):
     ("more", "message"),
     [
         ({"label_smoothing_factor": 0.1}, "compute_loss_func"),
+        ({"neftune_noise_alpha": 5.0}, "noise by the longest row of all adapters"),
         ({"auto_find_batch_size": True}, "set the batch sizes"),
         ({"save_strategy": "epoch"}, "count save, eval and logging in steps"),
         ({"train_sampling_strategy": "group_by_length"}, "random or sequential"),
