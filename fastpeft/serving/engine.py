@@ -94,12 +94,18 @@ class Engine(EngineCore):
                 "several times instead"
             )
         self._generation_config = config
+        self._life = threading.RLock()  # of start and stop
         self._batching_config = config_for_adapters(continuous_batching_config)
 
     # ---- life ----
 
     def start(self) -> Engine:
         """Make the cache and start the threads. Returns the engine itself."""
+        with self._life:
+            self._start_threads()
+        return self
+
+    def _start_threads(self) -> None:
         if self._manager is not None:
             raise ServingError("the engine is running already")
         base = self._model_slots.base_model
@@ -124,7 +130,6 @@ class Engine(EngineCore):
             thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
-        return self
 
     def stop(self, drain: bool = True, timeout: float | None = None) -> None:
         """End the engine. The model is as it was, its parameters frozen and in eval mode; adapters stay registered.
@@ -133,8 +138,11 @@ class Engine(EngineCore):
             drain: let all requests end first; otherwise they fail with EngineStoppedError.
             timeout: seconds to wait for that, after which they fail all the same.
         """
-        if self._manager is None:
-            return
+        with self._life:
+            if self._manager is not None:
+                self._stop_threads(drain, timeout)
+
+    def _stop_threads(self, drain: bool, timeout: float | None) -> None:
         with self._changed:
             self._refusal = self._refusal or "the engine is stopping"
             handles = [request.handle for request in self._all_requests()]
