@@ -25,7 +25,7 @@ from fastpeft.serving.errors import (
 from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import AdapterEntry, AdapterRegistry, AdapterVersion, CpuTier
 from fastpeft.serving.slots import AdapterSlots
-from fastpeft.serving.weights import AdapterWeights, file_identity
+from fastpeft.serving.weights import AdapterWeights, base_weights_of, file_identity, without_base_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class EngineCore:
         if cpu_bytes is not None and cpu_bytes < 0:
             raise ValueError(f"cpu_bytes must be None or a number of bytes, got {cpu_bytes}")
         self._model_slots = AdapterSlots(model, slots, autocast_adapter_dtype)
+        self._base_weights = base_weights_of(self._model_slots.base_model)
         self._manager: Any = None
         self._router: RequestRouter | None = None
         self._limits: RequestLimits | None = None
@@ -187,7 +188,7 @@ class EngineCore:
                     return
             outcome: AdapterWeights | Exception
             try:
-                outcome = version.read(self._cpu.limit)
+                outcome = without_base_weights(version.read(self._cpu.limit), self._base_weights)
             except Exception as error:  # a file can be wrong in any way; only its own requests fail
                 outcome = error
             with self._changed:

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from fastpeft.serving.errors import EngineStoppedError, ServingError, UnknownAda
 from fastpeft.serving.handle import RequestHandle, wait_until_done
 from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import source_of
-from fastpeft.serving.weights import AdapterWeights
+from fastpeft.serving.weights import AdapterWeights, without_base_weights
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Engine(EngineCore):
             ServingError: the name is taken or cannot be used, or weights in memory exceed `cpu_bytes`.
             ValueError: the folder holds no adapter, or weights in memory came without a config.
         """
-        checked = source_of(source, config)
+        checked = self._checked(source, config)
         with self._changed:
             if isinstance(checked, AdapterWeights):
                 self._cpu.check(checked.nbytes, name)
@@ -211,7 +212,7 @@ class Engine(EngineCore):
 
         Arguments, result and errors as in `add_adapter`; UnknownAdapterError if there is no such adapter.
         """
-        checked = source_of(source, config)
+        checked = self._checked(source, config)
         with self._changed:
             self._registry.get(name)
             if isinstance(checked, AdapterWeights):
@@ -223,6 +224,12 @@ class Engine(EngineCore):
                 self._line.setdefault(entry)
             self._tell()
             return entry.current.number
+
+    def _checked(
+        self, source: str | os.PathLike[str] | Mapping[str, Tensor], config: PeftConfig | None
+    ) -> Path | AdapterWeights:
+        checked = source_of(source, config)
+        return without_base_weights(checked, self._base_weights) if isinstance(checked, AdapterWeights) else checked
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out. Requests that were submitted before still get their answers, new ones are refused."""

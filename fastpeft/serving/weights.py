@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastpeft.adapter_files import find_config, find_weights
 from fastpeft.checkpoint import AdapterFileError, load_peft_weights
 from fastpeft.config import PeftConfig
 from fastpeft.serving.errors import AdapterTooLargeError
+from fastpeft.tuners.tuner_layer import BaseTunerLayer
+from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
+
+_PREFIX = "base_model.model."  # of a file's keys
+_WRAPPERS = {"base_layer", "original_module"}  # what stands in the name of a layer that has adapters
 
 FileIdentity = tuple[int, int, int]  # inode, bytes, time of the last change in ns
 
@@ -65,6 +71,46 @@ def read_adapter(folder: Path, limit: int | None = None) -> AdapterWeights:
         raise AdapterFileError(f"{folder} was written to while it was read; register the adapter again")
     # safetensors maps the file into memory: cut short later, it would take the process down with it
     return AdapterWeights(config, {key: tensor.clone() for key, tensor in tensors.items()}, identity)
+
+
+def base_weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a base model under its own names, whatever adapters wrap its layers now."""
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for attribute in module.adapter_layer_names
+        for parameter in getattr(module, attribute).parameters()
+    }
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in adapters
+    }
+
+
+def without_base_weights(weights: AdapterWeights, base: Mapping[str, Tensor]) -> AdapterWeights:
+    """Leave out copies of the base model's weights: PEFT saves the embeddings with adapters that target them.
+
+    Weights of the base that are not the model's own stay, and are refused where they are loaded: all adapters share the
+    base.
+
+    Args:
+        base: from `base_weights_of`.
+    """
+    saved_whole = getattr(weights.config, "modules_to_save", None) or ()
+    copies = set()
+    for key, tensor in weights.tensors.items():
+        name = ".".join(part for part in key.removeprefix(_PREFIX).split(".") if part not in _WRAPPERS)
+        own = base.get(name)
+        if own is None or own.shape != tensor.shape or any(f".{module}." in f".{name}." for module in saved_whole):
+            continue
+        given = tensor.to(own.device)
+        if torch.equal(own.to(given.dtype), given) or torch.equal(own, given.to(own.dtype)):  # one of them rounded
+            copies.add(key)
+    if not copies:
+        return weights
+    return replace(weights, tensors={key: value for key, value in weights.tensors.items() if key not in copies})
 
 
 def file_identity(folder: Path) -> FileIdentity:

@@ -3,14 +3,14 @@
 import asyncio
 import gc
 import random
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import serving_cases as cases
 import torch
 
-from fastpeft import PeftModel
+from fastpeft import PeftModel, get_peft_model
+from fastpeft.checkpoint import get_peft_model_state_dict
 from fastpeft.serving import (
     Engine,
     EngineStoppedError,
@@ -169,8 +169,9 @@ def test_replacing_while_requests_run(folders, maker, alone):
         engine.add_adapter("other", folders[3])
         handles = []
         for turn in range(1, 9):
-            handles += [engine.submit(prompt, "x") for _ in range(4)] + [engine.submit(prompt, "other")]
-            time.sleep(0.02)
+            new = [engine.submit(prompt, "x") for _ in range(4)] + [engine.submit(prompt, "other")]
+            handles += new
+            next(iter(new[0]))  # it runs now, and others of them may
             number = turn % 5
             if turn % 2:
                 source[engine.replace_adapter("x", folders[number])] = number
@@ -277,6 +278,23 @@ def test_vectors(tmp_path, maker):
     for i, folder in enumerate(folders):
         assert answers[i::3] == oracle.answers(folder, prompts[i::3])
     assert list(model.peft_config) == ["own"]
+
+
+def test_embeddings_that_were_saved_with_an_adapter(tmp_path):
+    model = get_peft_model(cases.tiny_base(), cases.lora_config(cases.ENDS))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "embedding_A" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    prompts = cases.prompts(3)
+    with cases.engine() as engine:
+        engine.add_adapter("disk", tmp_path)
+        engine.add_adapter("memory", get_peft_model_state_dict(model), model.peft_config["default"])
+        for name in ("disk", "memory"):
+            answers = [handle.result(WAIT) for handle in [engine.submit(prompt, name) for prompt in prompts]]
+            assert answers == cases.Alone().answers(tmp_path, prompts)
+        assert "base_layer" not in str([v.tensors.keys() for v in engine._cpu._held.values()])
 
 
 # ---- life ----
