@@ -209,13 +209,13 @@ class RequestRouter:
         return existing if existing is not None else super().__new__(cls)
 
     def __init__(self, manager: Any, on_cancelled: Callable[[str], None] | None = None) -> None:
-        self.on_cancelled = on_cancelled
         if vars(manager).get("_fastpeft_router") is self:
             return
         check_transformers()
         _check_not_frozen(manager.continuous_batching_config)
         if manager.batch_processor is not None:
             raise ValueError("this manager has run already; make the RequestRouter before its warmup or start")
+        self.on_cancelled = on_cancelled
         self.max_request_tokens = None
         self._bindings: dict[str, tuple[Adapter, str]] = {}
         self._lock = threading.Lock()

@@ -259,8 +259,9 @@ def test_what_would_freeze_a_routing_is_refused(model, option, value):
 
 def test_a_manager_that_has_run_is_refused_and_a_router_is_made_once(model):
     manager = model.get_base_model().init_continuous_batching(cases.generation_config(), cases.batching_config())
-    router = RequestRouter(manager)
+    router = RequestRouter(manager, on_cancelled=print)
     assert RequestRouter(manager) is router
+    assert router.on_cancelled is print
     other = model.get_base_model().init_continuous_batching(cases.generation_config(), cases.batching_config())
     other.warmup()
     with pytest.raises(ValueError, match="make the RequestRouter before its warmup or start"):
