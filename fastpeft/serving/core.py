@@ -266,7 +266,7 @@ class EngineCore:
         if output.is_finished():
             with self._changed:
                 self._release(output.request_id)
-            request.handle._finish(None if output.error is None else RequestFailedError(output.error))
+            request.handle._finish(_failure(request, output.error))
 
     # ---- what all threads do; the lock is held ----
 
@@ -388,3 +388,11 @@ def _load_error(version: AdapterVersion, error: Exception) -> AdapterLoadError:
     wrapped = AdapterLoadError(f"adapter {shown(version.name)} cannot be served: {error}")
     wrapped.__cause__ = error
     return wrapped
+
+
+def _failure(request: Request, error: str | None) -> RequestFailedError | None:
+    """What transformers said of a request that has ended, with the name of its adapter."""
+    if error is None:
+        return None
+    name = request.handle.adapter
+    return RequestFailedError(error if name is None else f"adapter {shown(name)}: {error}")

@@ -17,6 +17,7 @@ from fastpeft.serving import (
     AdapterLoadError,
     AdapterTooLargeError,
     RequestCancelledError,
+    RequestFailedError,
     UnknownAdapterError,
 )
 from fastpeft.serving import registry as registry_module
@@ -375,3 +376,35 @@ def test_weights_in_memory_that_are_not_finite(engine, maker):
     with pytest.raises(ValueError, match=f"{key} has values that are NaN or infinite"):
         engine.add_adapter("bad", weights, config)
     assert list(engine.adapters()) == ["good"]
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_an_adapter_that_overflows_fails_alone(maker, good, dtype, options):
+    """Its weights are finite, and what the layers make of them is not. That must neither reach the others nor stay."""
+    config, weights = maker.weights(3, cases.LORA_KINDS[0])
+    huge = {key: torch.full_like(value, 3e38) * value.sign() for key, value in weights.items()}
+    other = [9, 10, 11, 12, 13, 14]
+    work = [(PROMPT, "good"), (other, "good"), (PROMPT, None), (other, None)]
+
+    def engine():
+        engine = cases.engine(cases.tiny_base(dtype))
+        engine._generation_config.update(**options)
+        engine.add_adapter("good", good)
+        return engine
+
+    with engine() as fresh:
+        wanted = [fresh.submit(prompt, name).result(WAIT) for prompt, name in work]
+    with engine() as beside:
+        beside.add_adapter("huge", huge, config)
+        beside.pin("huge").result(WAIT), beside.pin("good").result(WAIT)
+        for _ in range(2):  # the second time from the cache
+            bad, answers = [], []
+            for prompt, name in work:
+                bad.append(beside.submit(prompt, "huge"))
+                answers.append(beside.submit(prompt, name))
+            assert [handle.result(WAIT) for handle in answers] == wanted
+            for handle in bad:
+                with pytest.raises(RequestFailedError, match="adapter 'huge': its values overflow"):
+                    handle.result(WAIT)
+                assert handle.tokens() == []
