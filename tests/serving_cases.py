@@ -173,5 +173,8 @@ class Alone:
 def no_threads_left() -> Iterator[None]:
     """Whatever ran inside has ended the engine's threads and that of the generation."""
     yield
+    for thread in threading.enumerate():
+        if "settle" in thread.name:  # ends by itself
+            thread.join(60)
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if "fastpeft" in name or "generation" in name]

@@ -24,6 +24,7 @@ from fastpeft.serving.errors import (
 )
 from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import AdapterEntry, AdapterRegistry, AdapterVersion, CpuTier
+from fastpeft.serving.settling import Settler
 from fastpeft.serving.slots import AdapterSlots
 from fastpeft.serving.weights import AdapterWeights, base_weights_of, file_identity, without_base_weights
 
@@ -55,6 +56,7 @@ class EngineCore:
         self._is_dirty = False  # something changed that may let a request start
         self._is_stopping = False
         self._refusal: str | None = "the engine is not started: use it in a with statement, or call start()"
+        self._settler = Settler()
         self._registry = AdapterRegistry()
         self._cpu = CpuTier(cpu_bytes)
         self._slots = [Slot(index) for index in range(slots)]
@@ -120,7 +122,7 @@ class EngineCore:
             self._running[request.handle.request_id] = request
         slot.users += len(requests)
         slot.last_used = next(self._admissions)
-        _settle(entry.pins)
+        self._settler.settle(entry.pins)
         self._leave_line(entry)
         return requests
 
@@ -148,11 +150,10 @@ class EngineCore:
         with self._changed:
             request.is_started = error is None
             if error is not None:
+                request.handle._finish(error)
                 self._release(name)
             elif request.handle.done():  # cancelled meanwhile
                 self._manager.cancel_request(name)
-        if error is not None:
-            request.handle._finish(error)
 
     def _load(self, loads: list[Load]) -> None:
         """Put adapters into idle slots, between two steps of the generation."""
@@ -208,7 +209,7 @@ class EngineCore:
         if not version.retired:
             self._cpu.make_room(outcome.nbytes)
             self._cpu.put(version, outcome)
-        _settle(self._prefetches.pop(version, []))
+        self._settler.settle(self._prefetches.pop(version, []))
 
     def _next_to_read(self) -> AdapterVersion | None:
         """The first version that is wanted, and for which there is room now; the room is made."""
@@ -264,9 +265,9 @@ class EngineCore:
             return
         request.handle._update(list(output.generated_tokens))
         if output.is_finished():
-            with self._changed:
+            with self._changed:  # of both: who cancels it meanwhile finds it running, or done
+                request.handle._finish(_failure(request, output.error))
                 self._release(output.request_id)
-            request.handle._finish(_failure(request, output.error))
 
     # ---- what all threads do; the lock is held ----
 
@@ -292,7 +293,7 @@ class EngineCore:
         self._cpu.drop(version)
         version.weights = None
         reason = AdapterLoadError(f"{shown(version.name)} was replaced or removed before it was read")
-        _settle(self._prefetches.pop(version, []), reason)
+        self._settler.settle(self._prefetches.pop(version, []), reason)
         for slot in self._slots:
             self._vacate_if_over(slot)
 
@@ -317,7 +318,7 @@ class EngineCore:
             self._cpu.put(version, version.weights)
 
     def _loading_failed(self, version: AdapterVersion, error: Exception) -> None:
-        _settle(self._prefetches.pop(version, []), _load_error(version, error))
+        self._settler.settle(self._prefetches.pop(version, []), _load_error(version, error))
         for entry in [entry for entry in self._line if entry.current is version]:
             self._fail_waiting(entry, _load_error(version, error))
 
@@ -330,7 +331,7 @@ class EngineCore:
 
     def _unpin(self, entry: AdapterEntry, reason: Exception) -> None:
         entry.pinned = False
-        _settle(entry.pins, reason)
+        self._settler.settle(entry.pins, reason)
         self._leave_line(entry)
 
     # ---- what callers and the generation thread do ----
@@ -368,18 +369,9 @@ class EngineCore:
             self._base_requests.clear()
             for entry in list(self._line):
                 self._fail_waiting(entry, error)
-
-
-def _settle(futures: list[Future[None]], error: Exception | None = None) -> None:
-    """Tell those who wait for something, but for those who gave up, and forget them."""
-    settled = list(futures)
-    futures.clear()
-    for future in settled:
-        if future.set_running_or_notify_cancel():
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+            for futures in self._prefetches.values():
+                self._settler.settle(futures, error)
+            self._prefetches.clear()
 
 
 def _load_error(version: AdapterVersion, error: Exception) -> AdapterLoadError:

@@ -242,7 +242,9 @@ class Engine(EngineCore):
         """Make an adapter resident as soon as possible, and keep it so until `unpin`.
 
         Returns:
-            A future that is done when it is resident; it has the error if it cannot be loaded.
+            A future that is done when it is resident; it has the error if it cannot be loaded, EngineStoppedError if
+            the engine is stopped before. While the engine does not run, it waits for `start`. Its callbacks run in a
+            thread of their own.
 
         Raises:
             ServingError: as many adapters are pinned as there are slots.
@@ -273,7 +275,7 @@ class Engine(EngineCore):
         """Read an adapter into CPU memory, in the background.
 
         Returns:
-            A future that is done when it is there; it has the error if it cannot be read.
+            A future that is done when it is there; it has the error if it cannot be read. Else as that of `pin`.
         """
         future: Future[None] = Future()
         with self._changed:

@@ -16,6 +16,7 @@ from fastpeft.checkpoint import get_peft_model_state_dict, save_adapter_files
 from fastpeft.serving import (
     AdapterLoadError,
     AdapterTooLargeError,
+    EngineStoppedError,
     RequestCancelledError,
     RequestFailedError,
     UnknownAdapterError,
@@ -313,18 +314,107 @@ def test_length_has_to_be_said(good):
 
 
 def test_callbacks_that_fail_or_call_back(engine, answer, tmp_path, maker):
-    """A future's callback runs in a thread of the engine; it may ask it for more, and must not end it."""
+    """A future's callback may ask the engine for more, wait for it, and must not end it."""
     engine.add_adapter("x", maker.save(tmp_path, 0, cases.LORA_KINDS[0]))
-    handles = []
+    answers = []
 
     def ask_for_more(future: "Future[None]") -> None:
-        handles.append(engine.submit(PROMPT, "x"))
+        answers.append(engine.submit(PROMPT, "x").result(WAIT))
         raise RuntimeError("of a callback")
 
-    engine.prefetch("x").add_done_callback(ask_for_more)
-    engine.pin("x").add_done_callback(ask_for_more)
+    futures = engine.prefetch("x"), engine.pin("x")
+    for future in futures:
+        future.add_done_callback(ask_for_more)
     assert engine.submit(PROMPT, "x").result(WAIT) == answer
-    assert [handle.result(WAIT) for handle in handles] == [answer] * 2
+    done = engine.prefetch("x")  # settled at once
+    assert done.done()
+    last = engine.pin("x")
+    last.result(WAIT)  # settled after those before it
+    assert answers == [answer] * 2
+
+
+def test_a_callback_replaces_what_is_admitted_with_it(engine, good, answer):
+    engine.add_adapter("x", good)
+    engine.pin("x").result(WAIT), engine.pin("good").result(WAIT)
+    replaced = threading.Event()
+
+    def replace(future: "Future[None]") -> None:
+        engine.replace_adapter("good", good)
+        replaced.set()
+
+    with engine._changed:  # so that both are admitted at once
+        engine.pin("x").add_done_callback(replace)
+        other = engine.pin("good")
+    other.result(WAIT)
+    assert replaced.wait(WAIT)
+    assert engine.submit(PROMPT, "good").result(WAIT) == answer
+
+
+def test_an_engine_that_is_stopped_in_a_callback(engine):
+    stopped = threading.Event()
+    engine.pin("good").add_done_callback(lambda future: (engine.stop(), stopped.set()))
+    assert stopped.wait(WAIT)
+    with pytest.raises(EngineStoppedError, match="was stopped"):
+        engine.submit(PROMPT)
+
+
+def test_cancelling_a_request_that_has_just_ended(engine, answer, monkeypatch):
+    """Its answer is there: it is not thrown away."""
+    handle = engine.submit(PROMPT, "good", stream=False)
+    finish, cancelling = handle._finish, []
+
+    def slow_finish(error=None):
+        cancelling.append(threading.Thread(target=handle.cancel))
+        cancelling[0].start()
+        cancelling[0].join(0.2)
+        finish(error)
+
+    monkeypatch.setattr(handle, "_finish", slow_finish)
+    assert handle.result(WAIT) == answer
+    cancelling[0].join(WAIT)
+    assert handle.result(WAIT) == answer
+
+
+def test_futures_when_the_engine_stops(good, tmp_path, maker, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+    read = registry_module.read_adapter
+
+    def read_slowly(path, limit):
+        reading.set()
+        assert go_on.wait(WAIT)
+        return read(path, limit)
+
+    monkeypatch.setattr(registry_module, "read_adapter", read_slowly)
+    engine = cases.engine()
+    for name in ("read", "waits", "pinned"):
+        engine.add_adapter(name, good)
+    early = engine.prefetch("read")
+    with cases.no_threads_left():
+        engine.start()
+        assert reading.wait(WAIT), "what was asked for before the start"
+        futures = [early, engine.prefetch("waits"), engine.pin("pinned")]
+        stopping = threading.Thread(target=engine.stop)
+        stopping.start()
+        for future in futures:
+            with pytest.raises(EngineStoppedError, match="was stopped"):
+                future.result(WAIT)
+        go_on.set()
+        stopping.join(WAIT)
+
+
+def test_errors_do_not_collect_the_frames_of_all_who_see_them(engine, tmp_path, maker):
+    folder = maker.save(tmp_path / "broken", 1, cases.LORA_KINDS[0])
+    truncated(folder)
+    engine.add_adapter("broken", folder)
+    handles = [engine.submit(PROMPT, "broken") for _ in range(3)] * 2
+    errors = []
+    for handle in handles:
+        with pytest.raises(AdapterLoadError, match="'broken' cannot be served") as caught:
+            handle.result(WAIT)
+        errors.append(caught.value)
+    assert len(set(map(id, errors))) == 6
+    assert all(error.__cause__ is not None for error in errors)
+    assert all(handle.exception().__traceback__ is None for handle in handles)
 
 
 def test_cancelled_futures(engine, answer, tmp_path, maker):
