@@ -39,6 +39,7 @@ _PACKAGE = "transformers.generation.continuous_batching"
 _USED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("continuous_api", "ContinuousBatchingManager", "_create_batch_processor", ()),
     ("continuous_api", "ContinuousBatchingManager", "pause", ()),
+    ("continuous_api", "ContinuousMixin", "destroy_cached_continuous_batching_manager", ()),
     (
         "input_outputs",
         "ContinuousBatchingIOs",
@@ -136,6 +137,18 @@ def manager_with_adapters(
     except Exception:
         base.set_attn_implementation(attention)  # which a manager may have changed for itself
         raise
+
+
+def keeps_manager(base: Any) -> bool:
+    """Whether a manager, with its cache, was kept for the next generate_batch of a base model.
+
+    One that was made without a router is given up: its cache may hold blocks of any adapter, under the same tokens.
+    """
+    manager = getattr(base, "_cached_continuous_batching_manager", None)
+    if manager is not None and "_fastpeft_router" not in vars(manager):
+        base.destroy_cached_continuous_batching_manager()
+        return False
+    return manager is not None
 
 
 def config_for_adapters(config: ContinuousBatchingConfig | None = None) -> ContinuousBatchingConfig:
