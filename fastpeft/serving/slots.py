@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -174,24 +175,32 @@ class AdapterSlots:
         _check_leaves_base_alone(weights.config)
         config = copy.deepcopy(weights.config)
         config.inference_mode = True
-        if self._wrapped is None:
-            wrapped = get_peft_model(
-                self.base_model, config, _BUILDING, autocast_adapter_dtype=self.autocast_adapter_dtype
-            )
-            self._wrapped = cast(PeftModel, wrapped).eval()
-        else:
-            self._wrapped.add_adapter(_BUILDING, config, autocast_adapter_dtype=self.autocast_adapter_dtype)
-        try:
-            own = get_peft_model_state_dict(self._wrapped, adapter_name=_BUILDING, save_embedding_layers=False)
+        with self._built(config, on_meta=True) as own:  # a config may ask for any size; the file has what it has
             _check_fits(weights.tensors, own)
+        with self._built(config, on_meta=False) as own:
+            assert self._wrapped is not None
             pattern = _pattern_of(self._wrapped, _BUILDING, own)
             _check_rowwise(pattern)
-        finally:
-            self._wrapped.delete_adapter(_BUILDING)
         self._patterns[layout] = pattern
         while len(self._patterns) > _PATTERNS:
             self._patterns.popitem(last=False)
         return pattern
+
+    @contextmanager
+    def _built(self, config: PeftConfig, on_meta: bool) -> Iterator[dict[str, Tensor]]:
+        """Have an adapter in the model meanwhile; its tensors by the keys of a file. On meta they occupy no memory."""
+        config = copy.deepcopy(config)
+        autocast = self.autocast_adapter_dtype
+        with torch.device("meta") if on_meta else nullcontext():  # of this thread alone, as low_cpu_mem_usage is not
+            if self._wrapped is None:
+                wrapped = get_peft_model(self.base_model, config, _BUILDING, autocast_adapter_dtype=autocast)
+                self._wrapped = cast(PeftModel, wrapped).eval()
+            else:
+                self._wrapped.add_adapter(_BUILDING, config, autocast_adapter_dtype=autocast)
+        try:
+            yield get_peft_model_state_dict(self._wrapped, adapter_name=_BUILDING, save_embedding_layers=False)
+        finally:
+            self._wrapped.delete_adapter(_BUILDING)
 
 
 def _check_follows_routings(model: nn.Module) -> None:

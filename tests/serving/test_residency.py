@@ -254,6 +254,19 @@ def test_an_adapter_that_does_not_fit_changes_nothing(maker, change):
     assert torch.equal(slots.base_model.get_input_embeddings().weight, embedding)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_config_that_asks_for_more_than_there_is_costs_nothing(maker, is_first):
+    """Its r says how much would be allocated. The file's tensors are compared with it before anything is."""
+    slots = AdapterSlots(cases.tiny_base(), 2)
+    if not is_first:
+        slots.load(1, AdapterWeights(*maker.weights(0, cases.LORA_KINDS[0])))
+    config, weights = maker.weights(1, cases.LORA_KINDS[0])
+    config.r = 2**45  # a petabyte a layer
+    with pytest.raises(ValueError, match=r"does not fit this base model.*of shape \(4, .*the model \(35184372088832,"):
+        slots.load(0, AdapterWeights(config, weights))
+    slots.load(0, AdapterWeights(*maker.weights(1, cases.LORA_KINDS[0])))
+
+
 def test_biases_of_the_base_are_refused(tmp_path):
     model = get_peft_model(cases.tiny_base(), LoraConfig(target_modules=["q_proj"], bias="all"))
     save_adapter_files(tmp_path, model.peft_config["default"], get_peft_model_state_dict(model))
