@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from fastpeft.adapter_files import find_config, find_weights
 from fastpeft.checkpoint import AdapterFileError, load_peft_weights
 from fastpeft.config import PeftConfig
+from fastpeft.sealed_file import OversizedFileError
 from fastpeft.serving.errors import AdapterTooLargeError
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
+
+MAX_CONFIG_BYTES = 1 << 20
 
 _PREFIX = "base_model.model."  # of a file's keys
 _WRAPPERS = {"base_layer", "original_module"}  # what stands in the name of a layer that has adapters
@@ -53,10 +56,10 @@ def read_adapter(folder: Path, limit: int | None = None) -> AdapterWeights:
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors (or .bin).
-        limit: bytes; a larger file is not read.
+        limit: bytes; a larger file is not read, nor one whose tensors would occupy more.
 
     Raises:
-        AdapterTooLargeError: the weights file is larger than `limit`.
+        AdapterTooLargeError: the weights are larger than `limit`.
         ValueError, OSError: a file is missing or damaged, or the two do not belong together.
     """
     identity = file_identity(folder)
@@ -66,7 +69,12 @@ def read_adapter(folder: Path, limit: int | None = None) -> AdapterWeights:
             "hold; give the engine a larger cpu_bytes"
         )
     config = PeftConfig.from_pretrained(folder)
-    tensors = load_peft_weights(folder, device="cpu", check_config=config)
+    try:
+        tensors = load_peft_weights(folder, device="cpu", check_config=config, max_bytes=limit)
+    except OversizedFileError as error:
+        raise AdapterTooLargeError(
+            f"{error}, which is what the CPU tier may hold; give the engine a larger cpu_bytes"
+        ) from error
     if file_identity(folder) != identity:
         raise AdapterFileError(f"{folder} was written to while it was read; register the adapter again")
     # safetensors maps the file into memory: cut short later, it would take the process down with it
@@ -117,11 +125,16 @@ def file_identity(folder: Path) -> FileIdentity:
     """What tells one state of a weights file from another.
 
     Raises:
-        AdapterFileError: there is no adapter in the folder, or no folder.
+        AdapterFileError: there is no adapter in the folder, or no folder; or its config is far too long for one.
     """
     config, weights = (find_config(folder), find_weights(folder)) if folder.is_dir() else (None, None)
     if config is None or weights is None:
         there = f"the folder holds {sorted(os.listdir(folder))[:8]}" if folder.is_dir() else "there is no such folder"
         raise AdapterFileError(f"no adapter at {folder}: {there}. Pass a folder that save_pretrained wrote")
+    if (size := config.stat().st_size) > MAX_CONFIG_BYTES:
+        raise AdapterFileError(
+            f"{config} has {size} bytes, and an adapter's config at most {MAX_CONFIG_BYTES}; it is not one that "
+            "save_pretrained wrote"
+        )
     facts = weights.stat()
     return facts.st_ino, facts.st_size, facts.st_mtime_ns

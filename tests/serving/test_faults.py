@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import threading
+import zipfile
 from concurrent.futures import Future
 
 import pytest
@@ -234,21 +236,48 @@ def test_an_adapter_larger_than_the_budget(tmp_path, maker, good, answer):
         assert set(engine.adapters()) == {"good", "big"}
 
 
-def test_a_packed_file_larger_than_it_looks(tmp_path, maker, good, answer):
-    """A pickle may keep one number for a million that share it: only reading it shows that it is too large."""
-    folder = maker.save(tmp_path / "packed", 1, cases.LORA_KINDS[4])
-    weights = maker.weights(1, cases.LORA_KINDS[4])[1]
+@pytest.mark.parametrize("shape", [(400, 400), (2**40, 1)], ids=str)
+def test_a_file_larger_than_it_looks(tmp_path, maker, good, answer, shape):
+    """A pickle may keep one number for all that share it: more than there is memory, and nothing of it is allocated."""
+    folder = maker.save(tmp_path / "shared", 1, cases.LORA_KINDS[0])
+    weights = maker.weights(1, cases.LORA_KINDS[0])[1]
     (folder / "adapter_model.safetensors").unlink()
-    torch.save(
-        {key: torch.zeros(1).expand(value.shape) for key, value in weights.items()}, folder / "adapter_model.bin"
-    )
-    limit = folder.joinpath("adapter_model.bin").stat().st_size + 100
-    assert limit < sum(value.nbytes for value in weights.values())
-    with cases.engine(slots=2, cpu_bytes=limit) as engine:
-        engine.add_adapter("packed", folder)
-        with pytest.raises(AdapterTooLargeError, match="adapter 'packed' has"):
-            engine.submit(PROMPT, "packed").result(WAIT)
-        assert engine.status().cpu_bytes == 0
+    torch.save({key: torch.zeros(1).expand(shape) for key in weights}, folder / "adapter_model.bin")
+    check_too_large(folder, good, answer, shape[0] * shape[1] * 4 * len(weights))
+
+
+def test_a_packed_file(tmp_path, maker, good, answer):
+    """An archive may be packed: its records say how large they will be."""
+    folder = maker.save(tmp_path / "packed", 1, cases.LORA_KINDS[0])
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": torch.zeros(10_000_000)}, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(folder / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in plain.infolist():
+            packed.writestr(record.filename, plain.read(record), zipfile.ZIP_DEFLATED)
+    assert (folder / "adapter_model.bin").stat().st_size < 200_000
+    check_too_large(folder, good, answer, 40_000_000)
+
+
+def check_too_large(folder, good, answer, nbytes):
+    with cases.engine(slots=2, cpu_bytes=500_000) as engine:
+        engine.add_adapter("good", good)
+        engine.add_adapter("large", folder)
+        with pytest.raises(AdapterTooLargeError, match=r"holds (\d+) bytes, more than .*cpu_bytes") as caught:
+            engine.submit(PROMPT, "large").result(WAIT)
+        assert int(re.search(r"holds (\d+)", str(caught.value))[1]) >= nbytes
+        assert engine.submit(PROMPT, "good").result(WAIT) == answer
+        assert engine.status().on_cpu == ["good"]
+
+
+def test_a_config_without_end(tmp_path, maker, engine):
+    folder = maker.save(tmp_path, 1, cases.LORA_KINDS[0])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"note": "x" * (1 << 20)}))
+    with pytest.raises(ValueError, match=r"has 104\d+ bytes, and an adapter's config at most 1048576"):
+        engine.add_adapter("long", folder)
 
 
 @pytest.mark.parametrize("name", ["nobody", "x" * 10_000, "", "../..", "\0", 7], ids=repr)
