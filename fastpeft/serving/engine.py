@@ -29,11 +29,11 @@ from fastpeft.config import PeftConfig
 from fastpeft.integrations.continuous_batching import config_for_adapters, manager_with_adapters
 from fastpeft.serving.admission import Request, Slot
 from fastpeft.serving.core import EngineCore
-from fastpeft.serving.errors import EngineStoppedError, ServingError, UnknownAdapterError, shown
+from fastpeft.serving.errors import AdapterLoadError, EngineStoppedError, ServingError, UnknownAdapterError, shown
 from fastpeft.serving.handle import RequestHandle, wait_until_done
 from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import source_of
-from fastpeft.serving.weights import AdapterWeights, without_base_weights
+from fastpeft.serving.weights import AdapterWeights, method_of, without_base_weights
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,16 @@ class Engine(EngineCore):
 
         Raises:
             ServingError: the name is taken or cannot be used, or weights in memory exceed `cpu_bytes`.
+            AdapterLoadError: it is of another method than the adapters that are served already.
             ValueError: the folder holds no adapter, or weights in memory came without a config.
         """
         checked = self._checked(source, config)
+        method = method_of(checked)
         with self._changed:
             if isinstance(checked, AdapterWeights):
                 self._cpu.check(checked.nbytes, name)
-            entry = self._registry.add(name, checked)
+            self._check_method(name, method)
+            entry = self._registry.add(name, checked, method)
             self._hold_in_memory(entry.current)
             return entry.current.number
 
@@ -213,17 +216,29 @@ class Engine(EngineCore):
         Arguments, result and errors as in `add_adapter`; UnknownAdapterError if there is no such adapter.
         """
         checked = self._checked(source, config)
+        method = method_of(checked)
         with self._changed:
             self._registry.get(name)
             if isinstance(checked, AdapterWeights):
                 self._cpu.check(checked.nbytes, name)
-            entry, before = self._registry.replace(name, checked)
+            self._check_method(name, method)
+            entry, before = self._registry.replace(name, checked, method)
             self._hold_in_memory(entry.current)
             self._retire(before)
             if entry.pinned:
                 self._line.setdefault(entry)
             self._tell()
             return entry.current.number
+
+    def _check_method(self, name: str, method: str | None) -> None:
+        """All adapters of a model have one method: that of the model's own, or of the first that was registered."""
+        others = (entry for entry in self._registry.entries() if entry.name != name)
+        served = self._model_slots.method or next((e.current.method for e in others if e.current.method), None)
+        if method is not None and served is not None and method != served:
+            raise AdapterLoadError(
+                f"adapter {shown(name)} is of the method {method}, and this engine serves {served}: all adapters of a "
+                "model have one method. Serve it with an engine and a model of its own"
+            )
 
     def _checked(
         self, source: str | os.PathLike[str] | Mapping[str, Tensor], config: PeftConfig | None

@@ -27,6 +27,7 @@ from fastpeft.peft_model import PeftModel
 from fastpeft.serving.weights import AdapterWeights
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.auxiliary import _ROWWISE, AuxiliaryTrainingWrapper
+from fastpeft.utils.peft_types import PeftType
 
 _PATTERNS = 64  # layouts whose pattern is kept
 _BUILDING = "fastpeft_building"
@@ -122,6 +123,11 @@ class AdapterSlots:
     def nbytes(self) -> int:
         """What the tensors of all slots occupy."""
         return sum(t.nbytes for content in self._contents if content is not None for t in content.tensors.values())
+
+    @property
+    def method(self) -> str | None:
+        """The method of all adapters in the model, such as "LORA"; None before the first one."""
+        return None if self._wrapped is None else PeftType(self._wrapped.peft_type).value
 
     @torch.no_grad()
     def load(self, slot: int, weights: AdapterWeights) -> None:

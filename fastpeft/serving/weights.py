@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from fastpeft.sealed_file import OversizedFileError
 from fastpeft.serving.errors import AdapterTooLargeError
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
+from fastpeft.utils.peft_types import PeftType
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -79,6 +81,17 @@ def read_adapter(folder: Path, limit: int | None = None) -> AdapterWeights:
         raise AdapterFileError(f"{folder} was written to while it was read; register the adapter again")
     # safetensors maps the file into memory: cut short later, it would take the process down with it
     return AdapterWeights(config, {key: tensor.clone() for key, tensor in tensors.items()}, identity)
+
+
+def method_of(source: Path | AdapterWeights) -> str | None:
+    """The method of an adapter, such as "LORA"; None if its config does not say, which is told when it is read."""
+    if isinstance(source, AdapterWeights):
+        return PeftType(source.config.peft_type).value
+    config = find_config(source)
+    try:
+        return None if config is None else PeftType(json.loads(config.read_bytes())["peft_type"]).value
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def base_weights_of(model: nn.Module) -> dict[str, Tensor]:

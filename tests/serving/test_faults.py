@@ -527,3 +527,21 @@ def test_an_adapter_that_overflows_fails_alone(maker, good, dtype, options):
                 with pytest.raises(RequestFailedError, match="adapter 'huge': its values overflow"):
                     handle.result(WAIT)
                 assert handle.tokens() == []
+
+
+def test_another_method_is_refused_when_it_is_registered(tmp_path, maker, good, answer):
+    """Whichever is asked for first: what was registered first is served."""
+    kind = {"method": "ia3", "target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+    other = maker.save(tmp_path / "ia3", 1, kind)
+    with cases.engine() as engine:
+        engine.add_adapter("first", other)
+        engine.replace_adapter("first", good)  # nothing else is there yet
+        with pytest.raises(AdapterLoadError, match=r"'ia3' is of the method IA3, and this engine serves LORA"):
+            engine.add_adapter("ia3", other)
+        with pytest.raises(AdapterLoadError, match="is of the method IA3"):
+            engine.add_adapter("ia3", *reversed(maker.weights(1, kind)))
+        assert engine.submit(PROMPT, "first").result(WAIT) == answer
+        with pytest.raises(AdapterLoadError, match="is of the method IA3"):
+            engine.replace_adapter("first", other)
+        assert engine.submit(PROMPT, "first").result(WAIT) == answer
+        assert list(engine.adapters()) == ["first"]
