@@ -26,7 +26,7 @@ from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import AdapterEntry, AdapterRegistry, AdapterVersion, CpuTier
 from fastpeft.serving.settling import Settler
 from fastpeft.serving.slots import AdapterSlots
-from fastpeft.serving.weights import AdapterWeights, base_weights_of, file_identity, without_base_weights
+from fastpeft.serving.weights import AdapterWeights, base_weights_of, without_base_weights
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class EngineCore:
         self._changed = threading.Condition()
         self._is_dirty = False  # something changed that may let a request start
         self._is_stopping = False
+        self._is_hurried = False  # somebody wants the engine to stop without an end to its requests
         self._refusal: str | None = "the engine is not started: use it in a with statement, or call start()"
         self._settler = Settler()
         self._registry = AdapterRegistry()
@@ -188,10 +189,13 @@ class EngineCore:
                 if version is None:
                     return
             outcome: AdapterWeights | Exception
-            try:
+            try:  # without the lock: a disk may take its time
+                if version.nbytes is None:
+                    version.nbytes = version.size_on_disk()
+                    continue  # is there room for so much?
                 outcome = without_base_weights(version.read(self._cpu.limit), self._base_weights)
             except Exception as error:  # a file can be wrong in any way; only its own requests fail
-                outcome = error
+                version.nbytes, outcome = None, error
             with self._changed:
                 self._take(version, outcome)
                 self._tell()
@@ -212,17 +216,17 @@ class EngineCore:
         self._settler.settle(self._prefetches.pop(version, []))
 
     def _next_to_read(self) -> AdapterVersion | None:
-        """The first version that is wanted, and for which there is room now; the room is made."""
+        """The first version that is wanted and of unknown size, or for which there is room; the room is made."""
         while True:
             for version, keep in self._wanted():
-                assert version.folder is not None
+                if version.nbytes is None:
+                    return version
                 try:
-                    size = file_identity(version.folder)[1]
-                    self._cpu.check(size, version.name)
-                except Exception as error:
+                    self._cpu.check(version.nbytes, version.name)
+                except AdapterLoadError as error:
                     self._loading_failed(version, error)
                     break  # what is wanted has changed
-                if self._cpu.make_room(size, keep):
+                if self._cpu.make_room(version.nbytes, keep):
                     return version
             else:
                 return None

@@ -124,7 +124,7 @@ class Engine(EngineCore):
         self._manager, self._router = manager, router
         manager.start()
         with self._changed:
-            self._refusal, self._is_stopping, self._is_dirty = None, False, True
+            self._refusal, self._is_stopping, self._is_hurried, self._is_dirty = None, False, False, True
             self._line |= {entry: None for entry in map(self._registry.get, self._registry.names()) if entry.pinned}
         for work in (self._admit, self._read, self._hand_out):
             name = f"fastpeft-serving{work.__name__}"
@@ -136,9 +136,14 @@ class Engine(EngineCore):
         """End the engine. The model is as it was, its parameters frozen and in eval mode; adapters stay registered.
 
         Args:
-            drain: let all requests end first; otherwise they fail with EngineStoppedError.
+            drain: let all requests end first; otherwise they fail with EngineStoppedError. False also hurries a stop
+                that another thread waits for.
             timeout: seconds to wait for that, after which they fail all the same.
         """
+        if not drain and self._manager is not None:
+            with self._changed:
+                self._refusal, self._is_hurried = self._refusal or "the engine is stopping", True
+            self._fail_everything(_stopped())
         with self._life:
             if self._manager is not None:
                 self._stop_threads(drain, timeout)
@@ -147,8 +152,8 @@ class Engine(EngineCore):
         with self._changed:
             self._refusal = self._refusal or "the engine is stopping"
             handles = [request.handle for request in self._all_requests()]
-        drained = drain and wait_until_done(handles, timeout)
-        self._fail_everything(EngineStoppedError("the engine was stopped before this request had ended"))
+        drained = drain and wait_until_done(handles, timeout) and not self._is_hurried
+        self._fail_everything(_stopped())
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
@@ -364,3 +369,7 @@ class Engine(EngineCore):
                 self._line.setdefault(entry)
             self._tell()
             return handle
+
+
+def _stopped() -> EngineStoppedError:
+    return EngineStoppedError("the engine was stopped before this request had ended")

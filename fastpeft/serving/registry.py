@@ -37,6 +37,7 @@ class AdapterVersion:
         weights: of a version given in memory; those of a folder are in the CPU tier when they are needed.
         method: such as "LORA"; None if its config did not say.
         file: what the weights file was when it was first read.
+        nbytes: of its file, once somebody has looked.
         retired: it was replaced or removed; only requests that it runs already still need it.
     """
 
@@ -46,12 +47,18 @@ class AdapterVersion:
     weights: AdapterWeights | None = None
     method: str | None = None
     file: FileIdentity | None = None
+    nbytes: int | None = None
     retired: bool = False
 
     @property
     def cache_key(self) -> str:
         """What the prefix cache keeps its blocks under."""
         return f"{self.number} {self.name}"
+
+    def size_on_disk(self) -> int:
+        """Bytes of its weights file. Raises AdapterFileError if there is none."""
+        assert self.folder is not None
+        return file_identity(self.folder)[1]
 
     def read(self, limit: int | None) -> AdapterWeights:
         """Its weights from its folder.

@@ -545,3 +545,51 @@ def test_another_method_is_refused_when_it_is_registered(tmp_path, maker, good, 
             engine.replace_adapter("first", other)
         assert engine.submit(PROMPT, "first").result(WAIT) == answer
         assert list(engine.adapters()) == ["first"]
+
+
+def test_a_disk_that_hangs_holds_up_nobody_else(engine, good, answer, tmp_path, maker, monkeypatch):
+    slow = maker.save(tmp_path / "slow", 1, cases.LORA_KINDS[0])
+    engine.add_adapter("slow", slow)
+    looking, go_on = threading.Event(), threading.Event()
+    look = registry_module.file_identity
+
+    def look_slowly(folder):
+        if folder == slow:
+            looking.set()
+            assert go_on.wait(WAIT)
+        return look(folder)
+
+    engine.pin("good").result(WAIT)
+    monkeypatch.setattr(registry_module, "file_identity", look_slowly)
+    handle = engine.submit(PROMPT, "slow")
+    assert looking.wait(WAIT)
+    assert engine.submit(PROMPT, "good").result(WAIT) == answer
+    assert engine.status().waiting == 1
+    go_on.set()
+    assert handle.result(WAIT)
+
+
+def test_a_stop_that_waits_can_be_hurried(good, monkeypatch):
+    engine = cases.engine().start()
+    engine.add_adapter("good", good)
+    started, go_on = threading.Event(), threading.Event()
+    read = registry_module.read_adapter
+
+    def read_slowly(path, limit):
+        started.set()
+        assert go_on.wait(WAIT)
+        return read(path, limit)
+
+    monkeypatch.setattr(registry_module, "read_adapter", read_slowly)
+    handle = engine.submit(PROMPT, "good")
+    assert started.wait(WAIT)
+    waiting = threading.Thread(target=engine.stop)
+    waiting.start()
+    hurried = threading.Thread(target=engine.stop, kwargs={"drain": False})
+    hurried.start()
+    with pytest.raises(EngineStoppedError, match="before this request had ended"):
+        handle.result(WAIT)
+    go_on.set()
+    for thread in (waiting, hurried):
+        thread.join(WAIT)
+        assert not thread.is_alive()
