@@ -5,7 +5,7 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,21 @@ class Alone:
         manager.cancel_request("")  # wakes the loop, which else looks ten times a second whether it is to stop
         manager.join(time.perf_counter())
         return [answers[request_id] for request_id in ids]
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[Callable[[int], None]]:
+    """The generation makes no step but those that are allowed: on no machine does a request end too soon.
+
+    Adapters are loaded and requests cancelled meanwhile; what is given allows so many steps more.
+    """
+    scheduler = engine._manager.batch_processor.scheduler
+    has_pending_requests, allowed = scheduler.has_pending_requests, threading.Semaphore(0)
+    scheduler.has_pending_requests = lambda: has_pending_requests() and allowed.acquire(blocking=False)
+    try:
+        yield allowed.release
+    finally:
+        scheduler.has_pending_requests = has_pending_requests
 
 
 @contextmanager
