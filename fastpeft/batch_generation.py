@@ -40,7 +40,7 @@ class BatchGeneration:
         Args:
             inputs: the prompts' tokens.
             adapter_names: one entry a prompt: a name, weights by name ({"a": 0.7, "b": 0.3}), or None or "__base__" for
-                no adapter. Without it, every prompt takes the active adapters.
+                no adapter. Without it, every prompt takes the active adapters, or none while they are disabled.
             generation_config, continuous_batching_config, record_timestamps, progress_bar, persistent_manager, warmup,
                 max_new_tokens, kwargs: as in the generate_batch of transformers' models.
 
@@ -48,7 +48,8 @@ class BatchGeneration:
             Request id -> transformers' GenerationOutput, in the order of the prompts. One that failed has an `error`.
 
         Raises:
-            ValueError: not one name a prompt, an unknown name, or merged adapters.
+            ValueError: not one name a prompt, an unknown name, or merged adapters; these also with a manager that is
+                kept between calls.
             ImportError: the installed transformers is not known to fastpeft.integrations.continuous_batching.
             RuntimeError: the generation broke down.
         """
@@ -59,6 +60,8 @@ class BatchGeneration:
             "persistent_manager": persistent_manager,
             "warmup": warmup,
         }
+        if _keeps_manager(model) or persistent_manager:  # its cache must know whose blocks it holds
+            adapter_names = _active_names(model, len(inputs)) if adapter_names is None else adapter_names
         if adapter_names is None:
             if max_new_tokens is not None:
                 kwargs["max_new_tokens"] = max_new_tokens
@@ -67,7 +70,7 @@ class BatchGeneration:
             )
             return result
         if kwargs:
-            raise TypeError(f"generate_batch with adapter_names does not know {sorted(kwargs)}")
+            raise TypeError(f"generate_batch with adapters does not know {sorted(kwargs)}")
         _check_names(model, adapter_names, len(inputs))
         if not inputs:
             return {}
@@ -160,6 +163,34 @@ class _Run:
         return [*(f"{request_id}__child#{i}" for i in range(self.answers - 1)), request_id]
 
 
+def _keeps_manager(model: PeftModel) -> bool:
+    if getattr(model.get_base_model(), "_cached_continuous_batching_manager", None) is None:
+        return False  # the usual case, for which nothing of transformers is looked at
+    from fastpeft.integrations.continuous_batching import keeps_manager
+
+    return keeps_manager(model.get_base_model())
+
+
+def _active_names(model: PeftModel, prompts: int) -> list[str | Mapping[str, float] | None]:
+    """What every prompt takes that was given no adapter of its own."""
+    merged = _merged(model)
+    if merged:
+        raise ValueError(
+            f"persistent_manager=True cannot be used while {merged} are merged: its cache would serve their keys and "
+            "values after they are unmerged. Call unmerge_adapter first; or leave the option out, and call "
+            "destroy_cached_continuous_batching_manager on the base model if a manager was kept before"
+        )
+    is_disabled = any(isinstance(m, BaseTunerLayer) and m.disable_adapters for m in model.modules())
+    names = [] if is_disabled else model.active_adapters
+    if len(names) > 1:
+        return [dict.fromkeys(names, 1.0)] * prompts
+    return [names[0] if names else None] * prompts
+
+
+def _merged(model: PeftModel) -> list[str]:
+    return sorted({n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters})
+
+
 def _check_names(model: PeftModel, adapter_names: Sequence[Any], prompts: int) -> None:
     if isinstance(adapter_names, str) or len(adapter_names) != prompts:
         raise ValueError(
@@ -167,6 +198,5 @@ def _check_names(model: PeftModel, adapter_names: Sequence[Any], prompts: int) -
             f"should take no adapter has {BASE!r} or None"
         )
     check_names(Routing.by_row(adapter_names), model.peft_config)
-    merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
-    if merged:
-        raise ValueError(f"adapter_names cannot be used while {sorted(merged)} are merged; call unmerge_adapter first")
+    if merged := _merged(model):
+        raise ValueError(f"adapter_names cannot be used while {merged} are merged; call unmerge_adapter first")

@@ -24,10 +24,15 @@ from torch import Tensor
 from fastpeft.utils.error import PeftError
 
 _SEAL_RECORD = "fastpeft_seal.json"
+_OVERHEAD = 1 << 24  # bytes of a .bin that are no tensors: keys, sizes, the seal
 
 
 class AdapterFileError(PeftError, ValueError):
     """A file of an adapter is missing, unreadable, or does not hold what it should."""
+
+
+class OversizedFileError(AdapterFileError):
+    """A weights file holds more bytes than the caller has room for."""
 
 
 class MixedAdapterError(AdapterFileError):
@@ -123,16 +128,22 @@ def read_seal(path: Path) -> Seal | None:
         return None
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], Seal | None]:
+def read_tensors(path: Path, max_bytes: int | None = None) -> tuple[dict[str, Tensor], Seal | None]:
     """Read a weights file onto the CPU, and its seal if it has one; no code from it is run.
 
+    Args:
+        max_bytes: how much the tensors may occupy; refused before so much is allocated. None for no limit.
+
     Raises:
+        OversizedFileError: they would occupy more.
         AdapterFileError: missing, truncated, damaged, not a dict of tensors, or a pickle that asks for code.
     """
     if not path.is_file():
         raise AdapterFileError(f"there is no weights file {path}; save the adapter there first, or correct the path")
     try:
-        tensors, seal = _load(path)
+        tensors, seal = _load(path, max_bytes)
+    except OversizedFileError:
+        raise
     except UnpicklingError as error:  # torch's own text advises weights_only=False, which would run the code
         raise AdapterFileError(
             f"{path} ({path.stat().st_size} bytes) is not a readable adapter: its pickle is damaged or holds more than "
@@ -148,6 +159,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Seal | None]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise AdapterFileError(f"{path} should hold named tensors, but {name!r} is a {type(tensor).__name__}")
+    _check_size(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), max_bytes)
     if seal is not None and not seal.is_of(tensors):
         raise AdapterFileError(
             f"{path} is damaged: its content is not what the digest inside it was made of. Save or download it again"
@@ -155,12 +167,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Seal | None]:
     return tensors, seal
 
 
-def _load(path: Path) -> tuple[Any, Seal | None]:
+def _load(path: Path, max_bytes: int | None) -> tuple[Any, Seal | None]:
     """Content and seal through one handle: a save that replaces the file meanwhile cannot mix the two."""
     if path.name.endswith(".safetensors"):
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, Seal.from_metadata(file.metadata() or {})  # noqa: SIM118
     with open(path, "rb") as archive:
+        if max_bytes is not None:
+            with zipfile.ZipFile(archive) as records:  # which may be packed
+                _check_size(path, sum(record.file_size for record in records.infolist()), max_bytes + _OVERHEAD)
+            archive.seek(0)
         tensors = torch.load(archive, map_location="cpu", weights_only=True)
         return tensors, _seal_in_archive(archive) if zipfile.is_zipfile(archive) else None
 
@@ -169,3 +185,8 @@ def _seal_in_archive(archive: BinaryIO) -> Seal | None:
     with zipfile.ZipFile(archive) as records:
         name = next((name for name in records.namelist() if name.endswith(f"/{_SEAL_RECORD}")), None)
         return None if name is None else Seal.from_metadata(json.loads(records.read(name)))
+
+
+def _check_size(path: Path, nbytes: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and nbytes > max_bytes:
+        raise OversizedFileError(f"{path} ({path.stat().st_size} bytes) holds {nbytes} bytes, more than {max_bytes}")

@@ -33,6 +33,7 @@ def load_peft_weights(
     key_mapping: dict[str, str] | None = None,
     *,
     check_config: bool | PeftConfig = True,
+    max_bytes: int | None = None,
     **hf_hub_download_kwargs: Any,
 ) -> dict[str, Tensor]:
     """The weights of a saved adapter.
@@ -43,17 +44,19 @@ def load_peft_weights(
         key_mapping: patterns to replacements. Each key, without its "base_model.model.", takes the first that fits it.
         check_config: notice weights that were saved with another config than the one beside them, or than this one if
             it was read before. Switch it off to use them with a config of your own.
+        max_bytes: refuse a file whose tensors occupy more, before it is in memory.
         hf_hub_download_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, ...
 
     Returns:
         Key to tensor, with the keys of the file.
 
     Raises:
+        OversizedFileError: the tensors occupy more than `max_bytes`.
         AdapterFileError: no weights there; a file that is truncated, damaged, or asks to run code; NaN or infinities.
         MixedAdapterError: the config beside the weights is not the one they were saved with.
     """
     path = _weights_file(model_id, dict(hf_hub_download_kwargs))
-    tensors, seal = read_tensors(path)
+    tensors, seal = read_tensors(path, max_bytes)
     _check_finite(path, tensors)
     if seal is not None and check_config is not False:
         check_pair(path, seal, _config_beside(path) if check_config is True else check_config)

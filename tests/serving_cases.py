@@ -5,14 +5,21 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from fastpeft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from fastpeft.checkpoint import get_peft_model_state_dict, save_adapter_files
@@ -30,13 +37,18 @@ LORA_KINDS: list[dict[str, Any]] = [
     {"r": 4, "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
     {"r": 2, "target_modules": ["o_proj", "gate_proj"], "modules_to_save": ["lm_head"]},
 ]
+ENDS = {"r": 3, "target_modules": ["embed_tokens", "k_proj", "lm_head"]}  # what comes first and what comes last
 
 
-def tiny_base(dtype: torch.dtype = torch.float64) -> Any:
-    """A Llama of 2 layers. In fp64, so that no two paths of computation can differ in which token is the likeliest."""
+def tiny_base(dtype: torch.dtype = torch.float64, sliding_window: int | None = None) -> Any:
+    """A Llama of 2 layers, or a Mistral whose layers see a window of so many tokens.
+
+    In fp64, so that no two paths of computation can differ in which token is the likeliest.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LlamaConfig(
+        config_class = LlamaConfig if sliding_window is None else MistralConfig
+        config = config_class(
             vocab_size=VOCAB,
             hidden_size=64,
             intermediate_size=96,
@@ -50,8 +62,10 @@ def tiny_base(dtype: torch.dtype = torch.float64) -> Any:
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
+            **({} if sliding_window is None else {"sliding_window": sliding_window}),
         )
-        return LlamaForCausalLM(config).to(dtype).eval()
+        model_class = LlamaForCausalLM if sliding_window is None else MistralForCausalLM
+        return model_class(config).to(dtype).eval()
 
 
 def generation_config(**options: Any) -> GenerationConfig:
@@ -88,7 +102,8 @@ class AdapterMaker:
         key = config.signature()
         if key not in self._shapes:
             model = get_peft_model(tiny_base(), copy.deepcopy(config))
-            self._shapes[key] = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+            own = get_peft_model_state_dict(model, save_embedding_layers=False)
+            self._shapes[key] = {name: tuple(t.shape) for name, t in own.items()}
         generator = torch.Generator().manual_seed(seed)
         return config, {
             name: torch.randn(shape, generator=generator) * 0.2 + (1.0 if "ia3" in name or "magnitude" in name else 0.0)
@@ -155,8 +170,26 @@ class Alone:
 
 
 @contextmanager
+def held(engine: Engine) -> Iterator[Callable[[int], None]]:
+    """The generation makes no step but those that are allowed: on no machine does a request end too soon.
+
+    Adapters are loaded and requests cancelled meanwhile; what is given allows so many steps more.
+    """
+    scheduler = engine._manager.batch_processor.scheduler
+    has_pending_requests, allowed = scheduler.has_pending_requests, threading.Semaphore(0)
+    scheduler.has_pending_requests = lambda: has_pending_requests() and allowed.acquire(blocking=False)
+    try:
+        yield allowed.release
+    finally:
+        scheduler.has_pending_requests = has_pending_requests
+
+
+@contextmanager
 def no_threads_left() -> Iterator[None]:
     """Whatever ran inside has ended the engine's threads and that of the generation."""
     yield
+    for thread in threading.enumerate():
+        if "settle" in thread.name:  # ends by itself
+            thread.join(60)
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if "fastpeft" in name or "generation" in name]

@@ -1,4 +1,4 @@
-"""Per-request adapters in transformers' continuous batching: the one file that touches its private names.
+"""Per-request adapters in transformers' continuous batching: here, and in overflow.py, are all its private names.
 
 Continuous batching packs the tokens of many requests into one row. Its manager knows which tokens are whose, the model
 does not; and its prefix cache finds keys and values by tokens alone, although an adapter changes them. A
@@ -11,6 +11,7 @@ only by requests of the same adapter and version.
 
 How it does that hangs on names that transformers does not promise to keep. They are listed in `_USED` and checked
 before anything is changed; a version that lacks one is refused with a message that says so.
+A request whose values overflow fails alone (fastpeft.integrations.overflow).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any
 import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from fastpeft.routing import Routing
+from fastpeft.integrations.overflow import OverflowGuard
+from fastpeft.routing import BASE, Routing
 from fastpeft.routing_scope import routed
 
 WRITTEN_FOR = "5.23"  # the version of transformers whose continuous batching this file was written and tested against
@@ -38,6 +40,7 @@ _PACKAGE = "transformers.generation.continuous_batching"
 _USED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("continuous_api", "ContinuousBatchingManager", "_create_batch_processor", ()),
     ("continuous_api", "ContinuousBatchingManager", "pause", ()),
+    ("continuous_api", "ContinuousMixin", "destroy_cached_continuous_batching_manager", ()),
     (
         "input_outputs",
         "ContinuousBatchingIOs",
@@ -59,6 +62,11 @@ _USED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         ("model", "batch_data", "carry_over_ids", "prev_output_ids", "output_ids"),
     ),
     ("model_runner", "", "infer_max_single_request_tokens", ("cache",)),
+    ("continuous_api", "ContinuousBatchProcessor", "_handle_request_error", ("error", "state")),
+    ("input_outputs", "ContinuousBatchingIOs", "prepare_batch_update", ()),
+    ("cache", "PagedAttentionCache", "update", ("key_states", "value_states", "layer_idx", "kwargs")),
+    ("requests", "RequestState", "create_equivalent_initial_request", ()),
+    ("scheduler", "Scheduler", "finish_request", ("request_id",)),
     ("cache", "PagedAttentionCache", "search_prefix_match", ("request_id", "prompt_ids")),
     (
         "cache_allocators.cache_allocator",
@@ -132,6 +140,18 @@ def manager_with_adapters(
         raise
 
 
+def keeps_manager(base: Any) -> bool:
+    """Whether a manager, with its cache, was kept for the next generate_batch of a base model.
+
+    One that was made without a router is given up: its cache may hold blocks of any adapter, under the same tokens.
+    """
+    manager = getattr(base, "_cached_continuous_batching_manager", None)
+    if manager is not None and "_fastpeft_router" not in vars(manager):
+        base.destroy_cached_continuous_batching_manager()
+        return False
+    return manager is not None
+
+
 def config_for_adapters(config: ContinuousBatchingConfig | None = None) -> ContinuousBatchingConfig:
     """A copy of a config for continuous batching, without CUDA graphs, which transformers else uses where it can.
 
@@ -168,6 +188,7 @@ class _Batch:
     adapters: list[Adapter]
     lengths: list[int]
     last_tokens: list[int]  # of the requests that get a new token
+    requests: Sequence[Any] = ()  # whose tokens they are
 
     def routing(self, batch_data: dict[str, Any]) -> Routing:
         """For the tensors that the model is called with: tokens that only pad the batch take no adapter."""
@@ -178,7 +199,7 @@ class _Batch:
             # one): a routing could not tell the two. Without this, the head sees all in their order.
             batch_data.pop("logits_to_keep", None)
         kept = None
-        if "logits_to_keep" in batch_data:
+        if "logits_to_keep" in batch_data and sequences < tokens:  # else all are kept in their order, padding last
             kept = self.last_tokens + [0] * (sequences - len(self.last_tokens))  # the engine fills up with token 0
         return Routing.by_token([*self.adapters, None], [*self.lengths, tokens - sum(self.lengths)], kept=kept)
 
@@ -210,13 +231,13 @@ class RequestRouter:
         return existing if existing is not None else super().__new__(cls)
 
     def __init__(self, manager: Any, on_cancelled: Callable[[str], None] | None = None) -> None:
-        self.on_cancelled = on_cancelled
         if vars(manager).get("_fastpeft_router") is self:
             return
         check_transformers()
         _check_not_frozen(manager.continuous_batching_config)
         if manager.batch_processor is not None:
             raise ValueError("this manager has run already; make the RequestRouter before its warmup or start")
+        self.on_cancelled = on_cancelled
         self.max_request_tokens = None
         self._bindings: dict[str, tuple[Adapter, str]] = {}
         self._lock = threading.Lock()
@@ -264,7 +285,7 @@ class RequestRouter:
         inputs, runner = processor.inputs_and_outputs, processor.model_runner
         cache, scheduler = processor.cache, processor.scheduler
         inputs.prepare_batch_tensors = self._noting_the_batch(inputs.prepare_batch_tensors)
-        runner._get_forward_fn = self._with_routing(runner._get_forward_fn)
+        runner._get_forward_fn = self._with_routing(runner._get_forward_fn, OverflowGuard(processor))
         cache.search_prefix_match = self._among_equals(cache.search_prefix_match)
         for allocator in cache.cache_allocators.values():
             allocator.mark_complete_blocks = self._marked(allocator.mark_complete_blocks)
@@ -282,18 +303,22 @@ class RequestRouter:
                 end += request.query_length
                 if request.has_new_token:
                     last_tokens.append(end - 1)
-            self._batch = _Batch(adapters, lengths, last_tokens)
+            self._batch = _Batch(adapters, lengths, last_tokens, list(requests_in_batch))
 
         return prepare_batch_tensors
 
-    def _with_routing(self, choose: Callable[..., tuple[Callable[..., None], bool]]) -> Callable[..., Any]:
+    def _with_routing(
+        self, choose: Callable[..., tuple[Callable[..., None], bool]], guard: OverflowGuard
+    ) -> Callable[..., Any]:
         def _get_forward_fn(use_block_table: bool) -> tuple[Callable[..., None], bool]:
             forward, use_cuda_graph = choose(use_block_table=use_block_table)
 
             def routed_forward(model: Any, batch_data: dict[str, Any], *args: Any) -> None:
-                assert self._batch is not None, "a forward without prepare_batch_tensors"
-                with routed(self._batch.routing(batch_data)):  # on the stream of the forward
-                    forward(model, batch_data, *args)
+                batch = self._batch
+                assert batch is not None, "a forward without prepare_batch_tensors"
+                has_adapter = any(adapter not in (None, BASE) for adapter in batch.adapters)
+                with routed(batch.routing(batch_data)):  # on the stream of the forward
+                    forward(guard.watched(model, batch.requests, has_adapter), batch_data, *args)
 
             return routed_forward, use_cuda_graph
 

@@ -24,8 +24,9 @@ from fastpeft.serving.errors import (
 )
 from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import AdapterEntry, AdapterRegistry, AdapterVersion, CpuTier
+from fastpeft.serving.settling import Settler
 from fastpeft.serving.slots import AdapterSlots
-from fastpeft.serving.weights import AdapterWeights, file_identity
+from fastpeft.serving.weights import AdapterWeights, base_weights_of, without_base_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class EngineCore:
         if cpu_bytes is not None and cpu_bytes < 0:
             raise ValueError(f"cpu_bytes must be None or a number of bytes, got {cpu_bytes}")
         self._model_slots = AdapterSlots(model, slots, autocast_adapter_dtype)
+        self._base_weights = base_weights_of(self._model_slots.base_model)
         self._manager: Any = None
         self._router: RequestRouter | None = None
         self._limits: RequestLimits | None = None
@@ -53,7 +55,9 @@ class EngineCore:
         self._changed = threading.Condition()
         self._is_dirty = False  # something changed that may let a request start
         self._is_stopping = False
+        self._is_hurried = False  # somebody wants the engine to stop without an end to its requests
         self._refusal: str | None = "the engine is not started: use it in a with statement, or call start()"
+        self._settler = Settler()
         self._registry = AdapterRegistry()
         self._cpu = CpuTier(cpu_bytes)
         self._slots = [Slot(index) for index in range(slots)]
@@ -119,7 +123,7 @@ class EngineCore:
             self._running[request.handle.request_id] = request
         slot.users += len(requests)
         slot.last_used = next(self._admissions)
-        _settle(entry.pins)
+        self._settler.settle(entry.pins)
         self._leave_line(entry)
         return requests
 
@@ -147,11 +151,10 @@ class EngineCore:
         with self._changed:
             request.is_started = error is None
             if error is not None:
+                request.handle._finish(error)
                 self._release(name)
             elif request.handle.done():  # cancelled meanwhile
                 self._manager.cancel_request(name)
-        if error is not None:
-            request.handle._finish(error)
 
     def _load(self, loads: list[Load]) -> None:
         """Put adapters into idle slots, between two steps of the generation."""
@@ -186,10 +189,13 @@ class EngineCore:
                 if version is None:
                     return
             outcome: AdapterWeights | Exception
-            try:
-                outcome = version.read(self._cpu.limit)
+            try:  # without the lock: a disk may take its time
+                if version.nbytes is None:
+                    version.nbytes = version.size_on_disk()
+                    continue  # is there room for so much?
+                outcome = without_base_weights(version.read(self._cpu.limit), self._base_weights)
             except Exception as error:  # a file can be wrong in any way; only its own requests fail
-                outcome = error
+                version.nbytes, outcome = None, error
             with self._changed:
                 self._take(version, outcome)
                 self._tell()
@@ -207,20 +213,20 @@ class EngineCore:
         if not version.retired:
             self._cpu.make_room(outcome.nbytes)
             self._cpu.put(version, outcome)
-        _settle(self._prefetches.pop(version, []))
+        self._settler.settle(self._prefetches.pop(version, []))
 
     def _next_to_read(self) -> AdapterVersion | None:
-        """The first version that is wanted, and for which there is room now; the room is made."""
+        """The first version that is wanted and of unknown size, or for which there is room; the room is made."""
         while True:
             for version, keep in self._wanted():
-                assert version.folder is not None
+                if version.nbytes is None:
+                    return version
                 try:
-                    size = file_identity(version.folder)[1]
-                    self._cpu.check(size, version.name)
-                except Exception as error:
+                    self._cpu.check(version.nbytes, version.name)
+                except AdapterLoadError as error:
                     self._loading_failed(version, error)
                     break  # what is wanted has changed
-                if self._cpu.make_room(size, keep):
+                if self._cpu.make_room(version.nbytes, keep):
                     return version
             else:
                 return None
@@ -263,9 +269,9 @@ class EngineCore:
             return
         request.handle._update(list(output.generated_tokens))
         if output.is_finished():
-            with self._changed:
+            with self._changed:  # of both: who cancels it meanwhile finds it running, or done
+                request.handle._finish(_failure(request, output.error))
                 self._release(output.request_id)
-            request.handle._finish(None if output.error is None else RequestFailedError(output.error))
 
     # ---- what all threads do; the lock is held ----
 
@@ -291,7 +297,7 @@ class EngineCore:
         self._cpu.drop(version)
         version.weights = None
         reason = AdapterLoadError(f"{shown(version.name)} was replaced or removed before it was read")
-        _settle(self._prefetches.pop(version, []), reason)
+        self._settler.settle(self._prefetches.pop(version, []), reason)
         for slot in self._slots:
             self._vacate_if_over(slot)
 
@@ -316,7 +322,7 @@ class EngineCore:
             self._cpu.put(version, version.weights)
 
     def _loading_failed(self, version: AdapterVersion, error: Exception) -> None:
-        _settle(self._prefetches.pop(version, []), _load_error(version, error))
+        self._settler.settle(self._prefetches.pop(version, []), _load_error(version, error))
         for entry in [entry for entry in self._line if entry.current is version]:
             self._fail_waiting(entry, _load_error(version, error))
 
@@ -329,7 +335,7 @@ class EngineCore:
 
     def _unpin(self, entry: AdapterEntry, reason: Exception) -> None:
         entry.pinned = False
-        _settle(entry.pins, reason)
+        self._settler.settle(entry.pins, reason)
         self._leave_line(entry)
 
     # ---- what callers and the generation thread do ----
@@ -367,18 +373,9 @@ class EngineCore:
             self._base_requests.clear()
             for entry in list(self._line):
                 self._fail_waiting(entry, error)
-
-
-def _settle(futures: list[Future[None]], error: Exception | None = None) -> None:
-    """Tell those who wait for something, but for those who gave up, and forget them."""
-    settled = list(futures)
-    futures.clear()
-    for future in settled:
-        if future.set_running_or_notify_cancel():
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+            for futures in self._prefetches.values():
+                self._settler.settle(futures, error)
+            self._prefetches.clear()
 
 
 def _load_error(version: AdapterVersion, error: Exception) -> AdapterLoadError:
@@ -387,3 +384,11 @@ def _load_error(version: AdapterVersion, error: Exception) -> AdapterLoadError:
     wrapped = AdapterLoadError(f"adapter {shown(version.name)} cannot be served: {error}")
     wrapped.__cause__ = error
     return wrapped
+
+
+def _failure(request: Request, error: str | None) -> RequestFailedError | None:
+    """What transformers said of a request that has ended, with the name of its adapter."""
+    if error is None:
+        return None
+    name = request.handle.adapter
+    return RequestFailedError(error if name is None else f"adapter {shown(name)}: {error}")

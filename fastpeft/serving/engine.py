@@ -19,6 +19,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ from fastpeft.config import PeftConfig
 from fastpeft.integrations.continuous_batching import config_for_adapters, manager_with_adapters
 from fastpeft.serving.admission import Request, Slot
 from fastpeft.serving.core import EngineCore
-from fastpeft.serving.errors import EngineStoppedError, ServingError, UnknownAdapterError, shown
+from fastpeft.serving.errors import AdapterLoadError, EngineStoppedError, ServingError, UnknownAdapterError, shown
 from fastpeft.serving.handle import RequestHandle, wait_until_done
 from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import source_of
-from fastpeft.serving.weights import AdapterWeights
+from fastpeft.serving.weights import AdapterWeights, method_of, without_base_weights
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,18 @@ class Engine(EngineCore):
                 "several times instead"
             )
         self._generation_config = config
+        self._life = threading.RLock()  # of start and stop
         self._batching_config = config_for_adapters(continuous_batching_config)
 
     # ---- life ----
 
     def start(self) -> Engine:
         """Make the cache and start the threads. Returns the engine itself."""
+        with self._life:
+            self._start_threads()
+        return self
+
+    def _start_threads(self) -> None:
         if self._manager is not None:
             raise ServingError("the engine is running already")
         base = self._model_slots.base_model
@@ -117,29 +124,36 @@ class Engine(EngineCore):
         self._manager, self._router = manager, router
         manager.start()
         with self._changed:
-            self._refusal, self._is_stopping, self._is_dirty = None, False, True
+            self._refusal, self._is_stopping, self._is_hurried, self._is_dirty = None, False, False, True
             self._line |= {entry: None for entry in map(self._registry.get, self._registry.names()) if entry.pinned}
         for work in (self._admit, self._read, self._hand_out):
             name = f"fastpeft-serving{work.__name__}"
             thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
-        return self
 
     def stop(self, drain: bool = True, timeout: float | None = None) -> None:
         """End the engine. The model is as it was, its parameters frozen and in eval mode; adapters stay registered.
 
         Args:
-            drain: let all requests end first; otherwise they fail with EngineStoppedError.
+            drain: let all requests end first; otherwise they fail with EngineStoppedError. False also hurries a stop
+                that another thread waits for.
             timeout: seconds to wait for that, after which they fail all the same.
         """
-        if self._manager is None:
-            return
+        if not drain and self._manager is not None:
+            with self._changed:
+                self._refusal, self._is_hurried = self._refusal or "the engine is stopping", True
+            self._fail_everything(_stopped())
+        with self._life:
+            if self._manager is not None:
+                self._stop_threads(drain, timeout)
+
+    def _stop_threads(self, drain: bool, timeout: float | None) -> None:
         with self._changed:
             self._refusal = self._refusal or "the engine is stopping"
             handles = [request.handle for request in self._all_requests()]
-        drained = drain and wait_until_done(handles, timeout)
-        self._fail_everything(EngineStoppedError("the engine was stopped before this request had ended"))
+        drained = drain and wait_until_done(handles, timeout) and not self._is_hurried
+        self._fail_everything(_stopped())
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
@@ -183,13 +197,16 @@ class Engine(EngineCore):
 
         Raises:
             ServingError: the name is taken or cannot be used, or weights in memory exceed `cpu_bytes`.
+            AdapterLoadError: it is of another method than the adapters that are served already.
             ValueError: the folder holds no adapter, or weights in memory came without a config.
         """
-        checked = source_of(source, config)
+        checked = self._checked(source, config)
+        method = method_of(checked)
         with self._changed:
             if isinstance(checked, AdapterWeights):
                 self._cpu.check(checked.nbytes, name)
-            entry = self._registry.add(name, checked)
+            self._check_method(name, method)
+            entry = self._registry.add(name, checked, method)
             self._hold_in_memory(entry.current)
             return entry.current.number
 
@@ -203,18 +220,36 @@ class Engine(EngineCore):
 
         Arguments, result and errors as in `add_adapter`; UnknownAdapterError if there is no such adapter.
         """
-        checked = source_of(source, config)
+        checked = self._checked(source, config)
+        method = method_of(checked)
         with self._changed:
             self._registry.get(name)
             if isinstance(checked, AdapterWeights):
                 self._cpu.check(checked.nbytes, name)
-            entry, before = self._registry.replace(name, checked)
+            self._check_method(name, method)
+            entry, before = self._registry.replace(name, checked, method)
             self._hold_in_memory(entry.current)
             self._retire(before)
             if entry.pinned:
                 self._line.setdefault(entry)
             self._tell()
             return entry.current.number
+
+    def _check_method(self, name: str, method: str | None) -> None:
+        """All adapters of a model have one method: that of the model's own, or of the first that was registered."""
+        others = (entry for entry in self._registry.entries() if entry.name != name)
+        served = self._model_slots.method or next((e.current.method for e in others if e.current.method), None)
+        if method is not None and served is not None and method != served:
+            raise AdapterLoadError(
+                f"adapter {shown(name)} is of the method {method}, and this engine serves {served}: all adapters of a "
+                "model have one method. Serve it with an engine and a model of its own"
+            )
+
+    def _checked(
+        self, source: str | os.PathLike[str] | Mapping[str, Tensor], config: PeftConfig | None
+    ) -> Path | AdapterWeights:
+        checked = source_of(source, config)
+        return without_base_weights(checked, self._base_weights) if isinstance(checked, AdapterWeights) else checked
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out. Requests that were submitted before still get their answers, new ones are refused."""
@@ -227,7 +262,9 @@ class Engine(EngineCore):
         """Make an adapter resident as soon as possible, and keep it so until `unpin`.
 
         Returns:
-            A future that is done when it is resident; it has the error if it cannot be loaded.
+            A future that is done when it is resident; it has the error if it cannot be loaded, EngineStoppedError if
+            the engine is stopped before. While the engine does not run, it waits for `start`. Its callbacks run in a
+            thread of their own.
 
         Raises:
             ServingError: as many adapters are pinned as there are slots.
@@ -258,7 +295,7 @@ class Engine(EngineCore):
         """Read an adapter into CPU memory, in the background.
 
         Returns:
-            A future that is done when it is there; it has the error if it cannot be read.
+            A future that is done when it is there; it has the error if it cannot be read. Else as that of `pin`.
         """
         future: Future[None] = Future()
         with self._changed:
@@ -332,3 +369,7 @@ class Engine(EngineCore):
                 self._line.setdefault(entry)
             self._tell()
             return handle
+
+
+def _stopped() -> EngineStoppedError:
+    return EngineStoppedError("the engine was stopped before this request had ended")

@@ -1,6 +1,11 @@
 """What can go wrong for one request, and for the engine."""
 
+import copy
+from typing import TypeVar
+
 from fastpeft.utils.error import PeftError
+
+Error = TypeVar("Error", bound=BaseException)
 
 SHOWN_NAME = 60  # characters of a name that a message repeats
 
@@ -37,3 +42,10 @@ def shown(name: object) -> str:
     """A name as a message shows it: a long one is cut."""
     text = repr(name)
     return text if len(text) <= SHOWN_NAME + 2 else f"{text[:SHOWN_NAME]}...' ({len(str(name))} characters)"
+
+
+def fresh(error: Error) -> Error:
+    """An exception to raise: one object raised by many would collect the frames, and so the locals, of all of them."""
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    return copied

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
-from fastpeft.serving.errors import RequestCancelledError
+from fastpeft.serving.errors import RequestCancelledError, fresh
 
 
 class RequestHandle:
@@ -80,7 +80,7 @@ class RequestHandle:
         """
         error = self.exception(timeout)
         if error is not None:
-            raise error
+            raise fresh(error)
         return list(self._tokens)
 
     def __iter__(self) -> Iterator[int]:
@@ -95,7 +95,7 @@ class RequestHandle:
             if done:
                 break
         if self._error is not None:
-            raise self._error
+            raise fresh(self._error)
 
     async def __aiter__(self) -> AsyncIterator[int]:
         seen = 0
@@ -114,7 +114,7 @@ class RequestHandle:
         finally:
             stop_listening()
         if self._error is not None:
-            raise self._error
+            raise fresh(self._error)
 
     def __await__(self) -> Generator[Any, None, list[int]]:
         return self._wait().__await__()

@@ -35,7 +35,9 @@ class AdapterVersion:
         number: counted over all adapters of the engine, so that no two versions share one, whatever their names.
         folder: where its files are; None if it was given in memory.
         weights: of a version given in memory; those of a folder are in the CPU tier when they are needed.
+        method: such as "LORA"; None if its config did not say.
         file: what the weights file was when it was first read.
+        nbytes: of its file, once somebody has looked.
         retired: it was replaced or removed; only requests that it runs already still need it.
     """
 
@@ -43,13 +45,20 @@ class AdapterVersion:
     number: int
     folder: Path | None = None
     weights: AdapterWeights | None = None
+    method: str | None = None
     file: FileIdentity | None = None
+    nbytes: int | None = None
     retired: bool = False
 
     @property
     def cache_key(self) -> str:
         """What the prefix cache keeps its blocks under."""
         return f"{self.number} {self.name}"
+
+    def size_on_disk(self) -> int:
+        """Bytes of its weights file. Raises AdapterFileError if there is none."""
+        assert self.folder is not None
+        return file_identity(self.folder)[1]
 
     def read(self, limit: int | None) -> AdapterWeights:
         """Its weights from its folder.
@@ -101,6 +110,9 @@ class AdapterRegistry:
     def names(self) -> list[str]:
         return list(self._entries)
 
+    def entries(self) -> list[AdapterEntry]:
+        return list(self._entries.values())
+
     def get(self, name: str) -> AdapterEntry:
         """The entry of a registered adapter.
 
@@ -117,18 +129,20 @@ class AdapterRegistry:
             )
         return entry
 
-    def add(self, name: str, source: Path | AdapterWeights) -> AdapterEntry:
+    def add(self, name: str, source: Path | AdapterWeights, method: str | None = None) -> AdapterEntry:
         """Register an adapter under a new name."""
         _check_name(name)
         if name in self._entries:
             raise ServingError(f"there is an adapter {shown(name)} already; call replace_adapter for new weights")
-        entry = self._entries[name] = AdapterEntry(name, self._version(name, source))
+        entry = self._entries[name] = AdapterEntry(name, self._version(name, source, method))
         return entry
 
-    def replace(self, name: str, source: Path | AdapterWeights) -> tuple[AdapterEntry, AdapterVersion]:
+    def replace(
+        self, name: str, source: Path | AdapterWeights, method: str | None = None
+    ) -> tuple[AdapterEntry, AdapterVersion]:
         """Give an adapter a new version. Returns its entry and the version before."""
         entry = self.get(name)
-        before, entry.current = entry.current, self._version(name, source)
+        before, entry.current = entry.current, self._version(name, source, method)
         before.retired = True
         return entry, before
 
@@ -139,10 +153,10 @@ class AdapterRegistry:
         entry.removed = True
         return entry
 
-    def _version(self, name: str, source: Path | AdapterWeights) -> AdapterVersion:
+    def _version(self, name: str, source: Path | AdapterWeights, method: str | None) -> AdapterVersion:
         if isinstance(source, AdapterWeights):
-            return AdapterVersion(name, next(self._numbers), weights=source)
-        return AdapterVersion(name, next(self._numbers), folder=source)
+            return AdapterVersion(name, next(self._numbers), weights=source, method=method)
+        return AdapterVersion(name, next(self._numbers), folder=source, method=method)
 
 
 def source_of(

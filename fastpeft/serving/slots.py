@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from fastpeft.peft_model import PeftModel
 from fastpeft.serving.weights import AdapterWeights
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.auxiliary import _ROWWISE, AuxiliaryTrainingWrapper
+from fastpeft.utils.peft_types import PeftType
 
 _PATTERNS = 64  # layouts whose pattern is kept
 _BUILDING = "fastpeft_building"
@@ -122,6 +124,11 @@ class AdapterSlots:
         """What the tensors of all slots occupy."""
         return sum(t.nbytes for content in self._contents if content is not None for t in content.tensors.values())
 
+    @property
+    def method(self) -> str | None:
+        """The method of all adapters in the model, such as "LORA"; None before the first one."""
+        return None if self._wrapped is None else PeftType(self._wrapped.peft_type).value
+
     @torch.no_grad()
     def load(self, slot: int, weights: AdapterWeights) -> None:
         """Put an adapter into a slot, in place of what was there.
@@ -174,24 +181,32 @@ class AdapterSlots:
         _check_leaves_base_alone(weights.config)
         config = copy.deepcopy(weights.config)
         config.inference_mode = True
-        if self._wrapped is None:
-            wrapped = get_peft_model(
-                self.base_model, config, _BUILDING, autocast_adapter_dtype=self.autocast_adapter_dtype
-            )
-            self._wrapped = cast(PeftModel, wrapped).eval()
-        else:
-            self._wrapped.add_adapter(_BUILDING, config, autocast_adapter_dtype=self.autocast_adapter_dtype)
-        try:
-            own = get_peft_model_state_dict(self._wrapped, adapter_name=_BUILDING, save_embedding_layers=False)
+        with self._built(config, on_meta=True) as own:  # a config may ask for any size; the file has what it has
             _check_fits(weights.tensors, own)
+        with self._built(config, on_meta=False) as own:
+            assert self._wrapped is not None
             pattern = _pattern_of(self._wrapped, _BUILDING, own)
             _check_rowwise(pattern)
-        finally:
-            self._wrapped.delete_adapter(_BUILDING)
         self._patterns[layout] = pattern
         while len(self._patterns) > _PATTERNS:
             self._patterns.popitem(last=False)
         return pattern
+
+    @contextmanager
+    def _built(self, config: PeftConfig, on_meta: bool) -> Iterator[dict[str, Tensor]]:
+        """Have an adapter in the model meanwhile; its tensors by the keys of a file. On meta they occupy no memory."""
+        config = copy.deepcopy(config)
+        autocast = self.autocast_adapter_dtype
+        with torch.device("meta") if on_meta else nullcontext():  # of this thread alone, as low_cpu_mem_usage is not
+            if self._wrapped is None:
+                wrapped = get_peft_model(self.base_model, config, _BUILDING, autocast_adapter_dtype=autocast)
+                self._wrapped = cast(PeftModel, wrapped).eval()
+            else:
+                self._wrapped.add_adapter(_BUILDING, config, autocast_adapter_dtype=autocast)
+        try:
+            yield get_peft_model_state_dict(self._wrapped, adapter_name=_BUILDING, save_embedding_layers=False)
+        finally:
+            self._wrapped.delete_adapter(_BUILDING)
 
 
 def _check_follows_routings(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ KINDS = {
     "two": cases.LORA_KINDS[1],
     "head": cases.LORA_KINDS[4],
     "dora": cases.LORA_KINDS[3],
+    "ends": cases.ENDS,
 }
 
 
@@ -99,6 +100,29 @@ def test_each_request_takes_its_adapter(model, options):
     for i, (prompt, adapter) in enumerate(requests):
         assert answers[f"r{i}"] == by_generate(model, prompt, adapter), (i, adapter)
     assert any(shared.values())  # else it proves nothing of the cache
+
+
+def test_embeddings_and_heads_with_low_rank(folders):
+    """The layers at both ends: ids come in, and only some tokens reach the head."""
+    model = PeftModel.from_pretrained(cases.tiny_base(), folders["one"], adapter_name="one")
+    model.load_adapter(folders["ends"], "two")
+    requests = [(prompt, ADAPTERS[i % 3]) for i, prompt in enumerate(cases.prompts(9, shared=6))]
+    answers, _ = run(model, requests, config=cases.batching_config(max_batch_tokens=8))
+    for i, (prompt, adapter) in enumerate(requests):
+        assert answers[f"r{i}"] == by_generate(model, prompt, adapter), (i, adapter)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_windows_of_attention(folders, attention):
+    """Layers of another kind keep their cache otherwise, and share no blocks."""
+    model = PeftModel.from_pretrained(cases.tiny_base(sliding_window=8), folders["one"], adapter_name="one")
+    model.load_adapter(folders["two"], "two")
+    requests = [(prompt, ADAPTERS[i % 3]) for i, prompt in enumerate(cases.prompts(9, shared=6))]
+    model.get_base_model().set_attn_implementation(attention)
+    answers, shared = run(model, requests)
+    assert not any(shared.values())
+    for i, (prompt, adapter) in enumerate(requests):
+        assert answers[f"r{i}"] == by_generate(model, prompt, adapter), (i, adapter)
 
 
 def test_transformers_alone_mixes_up_the_blocks_of_adapters(model):
@@ -235,8 +259,9 @@ def test_what_would_freeze_a_routing_is_refused(model, option, value):
 
 def test_a_manager_that_has_run_is_refused_and_a_router_is_made_once(model):
     manager = model.get_base_model().init_continuous_batching(cases.generation_config(), cases.batching_config())
-    router = RequestRouter(manager)
+    router = RequestRouter(manager, on_cancelled=print)
     assert RequestRouter(manager) is router
+    assert router.on_cancelled is print
     other = model.get_base_model().init_continuous_batching(cases.generation_config(), cases.batching_config())
     other.warmup()
     with pytest.raises(ValueError, match="make the RequestRouter before its warmup or start"):

@@ -10,7 +10,8 @@ import pytest
 import serving_cases as cases
 import torch
 
-from fastpeft import PeftModel
+from fastpeft import PeftModel, get_peft_model
+from fastpeft.checkpoint import get_peft_model_state_dict
 from fastpeft.serving import (
     Engine,
     EngineStoppedError,
@@ -74,9 +75,11 @@ def test_result_and_tokens(engine, alone):
 
 def test_tokens_come_one_by_one(engine, alone):
     prompt = cases.prompts(1)[0]
-    handle = engine.submit(prompt, "a2", **LONG)
-    first = next(iter(handle))
-    assert not handle.done(), "the rest is not there yet"
+    with cases.held(engine) as allow:
+        handle = engine.submit(prompt, "a2", **LONG)
+        allow(1)
+        first = next(iter(handle))
+        assert not handle.done(), "the rest is not there yet"
     seen = list(handle)  # from the start again
     assert (seen[0], len(seen), seen) == (first, 100, handle.result(WAIT))
     assert seen[: cases.NEW_TOKENS] == engine.submit(prompt, "a2", eos_token_id=-1).result(WAIT)
@@ -134,13 +137,15 @@ def test_more_adapters_than_slots(engine, alone):
 
 def test_cancel(engine, alone):
     prompt = cases.prompts(1)[0]
-    running = engine.submit(prompt, "a0", **LONG)
-    next(iter(running))
     engine.pin("a1").result(WAIT), engine.pin("a2").result(WAIT)
-    waiting = engine.submit(prompt, "a3", **LONG)  # for the slot of a0
-    assert waiting.cancel()
-    assert running.cancel()
-    assert not running.cancel(), "it was cancelled before"
+    with cases.held(engine) as allow:
+        running = engine.submit(prompt, "a0", **LONG)
+        allow(3)
+        next(iter(running))
+        waiting = engine.submit(prompt, "a3", **LONG)  # for the slot of a0
+        assert waiting.cancel()
+        assert running.cancel()
+        assert not running.cancel(), "it was cancelled before"
     for handle in (running, waiting):
         with pytest.raises(RequestCancelledError, match="was cancelled"):
             handle.result(WAIT)
@@ -169,8 +174,10 @@ def test_replacing_while_requests_run(folders, maker, alone):
         engine.add_adapter("other", folders[3])
         handles = []
         for turn in range(1, 9):
-            handles += [engine.submit(prompt, "x") for _ in range(4)] + [engine.submit(prompt, "other")]
-            time.sleep(0.02)
+            new = [engine.submit(prompt, "x") for _ in range(4)] + [engine.submit(prompt, "other")]
+            handles += new
+            if turn % 2:
+                next(iter(new[0]))  # it runs now, and others of them may; else they wait, and take what comes
             number = turn % 5
             if turn % 2:
                 source[engine.replace_adapter("x", folders[number])] = number
@@ -182,19 +189,26 @@ def test_replacing_while_requests_run(folders, maker, alone):
         numbers = [source[handle.version] if handle.adapter == "x" else 3 for handle in handles]
         assert answers == alone(*((number, prompt) for number in numbers))
         assert handles[-1].version == engine.adapters()["x"]
-        assert len({handle.version for handle in handles if handle.adapter == "x"}) > 2
+        assert len({handle.version for handle in handles if handle.adapter == "x"}) >= 5  # odd turns, and the end
 
 
 def test_a_running_request_keeps_its_version(folders, alone):
     prompt = cases.prompts(1)[0]
     with cases.engine(slots=2) as engine:
         engine.add_adapter("x", folders[0])
-        old = engine.submit(prompt, "x", **LONG)
-        next(iter(old))
-        engine.replace_adapter("x", folders[1])
-        new = engine.submit(prompt, "x")
-        answer = new.result(WAIT)
-        assert not old.done(), "both versions are resident"
+        with cases.held(engine) as allow:
+            old = engine.submit(prompt, "x", **LONG)
+            allow(3)
+            next(iter(old))
+            engine.replace_adapter("x", folders[1])
+            new = engine.submit(prompt, "x")
+            while engine.status().running < 2:
+                time.sleep(0.01)
+            while not new.done():  # a few steps of the hundred that the old one takes
+                allow(1)
+                time.sleep(0.1)
+            assert not old.done(), "both versions are resident"
+            answer = new.result(WAIT)
         want_old, want_new = alone((0, prompt), (1, prompt))
         assert (old.result(WAIT)[: len(want_old)], answer) == (want_old, want_new)
         assert old.version < new.version
@@ -277,6 +291,23 @@ def test_vectors(tmp_path, maker):
     for i, folder in enumerate(folders):
         assert answers[i::3] == oracle.answers(folder, prompts[i::3])
     assert list(model.peft_config) == ["own"]
+
+
+def test_embeddings_that_were_saved_with_an_adapter(tmp_path):
+    model = get_peft_model(cases.tiny_base(), cases.lora_config(cases.ENDS))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "embedding_A" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    prompts = cases.prompts(3)
+    with cases.engine() as engine:
+        engine.add_adapter("disk", tmp_path)
+        engine.add_adapter("memory", get_peft_model_state_dict(model), model.peft_config["default"])
+        for name in ("disk", "memory"):
+            answers = [handle.result(WAIT) for handle in [engine.submit(prompt, name) for prompt in prompts]]
+            assert answers == cases.Alone().answers(tmp_path, prompts)
+        assert "base_layer" not in str([v.tensors.keys() for v in engine._cpu._held.values()])
 
 
 # ---- life ----

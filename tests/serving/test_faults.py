@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import threading
-from concurrent.futures import Future
+import zipfile
 
 import pytest
 import serving_cases as cases
@@ -16,7 +17,7 @@ from fastpeft.checkpoint import get_peft_model_state_dict, save_adapter_files
 from fastpeft.serving import (
     AdapterLoadError,
     AdapterTooLargeError,
-    RequestCancelledError,
+    RequestFailedError,
     UnknownAdapterError,
 )
 from fastpeft.serving import registry as registry_module
@@ -232,21 +233,48 @@ def test_an_adapter_larger_than_the_budget(tmp_path, maker, good, answer):
         assert set(engine.adapters()) == {"good", "big"}
 
 
-def test_a_packed_file_larger_than_it_looks(tmp_path, maker, good, answer):
-    """A pickle may keep one number for a million that share it: only reading it shows that it is too large."""
-    folder = maker.save(tmp_path / "packed", 1, cases.LORA_KINDS[4])
-    weights = maker.weights(1, cases.LORA_KINDS[4])[1]
+@pytest.mark.parametrize("shape", [(400, 400), (2**40, 1)], ids=str)
+def test_a_file_larger_than_it_looks(tmp_path, maker, good, answer, shape):
+    """A pickle may keep one number for all that share it: more than there is memory, and nothing of it is allocated."""
+    folder = maker.save(tmp_path / "shared", 1, cases.LORA_KINDS[0])
+    weights = maker.weights(1, cases.LORA_KINDS[0])[1]
     (folder / "adapter_model.safetensors").unlink()
-    torch.save(
-        {key: torch.zeros(1).expand(value.shape) for key, value in weights.items()}, folder / "adapter_model.bin"
-    )
-    limit = folder.joinpath("adapter_model.bin").stat().st_size + 100
-    assert limit < sum(value.nbytes for value in weights.values())
-    with cases.engine(slots=2, cpu_bytes=limit) as engine:
-        engine.add_adapter("packed", folder)
-        with pytest.raises(AdapterTooLargeError, match="adapter 'packed' has"):
-            engine.submit(PROMPT, "packed").result(WAIT)
-        assert engine.status().cpu_bytes == 0
+    torch.save({key: torch.zeros(1).expand(shape) for key in weights}, folder / "adapter_model.bin")
+    check_too_large(folder, good, answer, shape[0] * shape[1] * 4 * len(weights))
+
+
+def test_a_packed_file(tmp_path, maker, good, answer):
+    """An archive may be packed: its records say how large they will be."""
+    folder = maker.save(tmp_path / "packed", 1, cases.LORA_KINDS[0])
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": torch.zeros(10_000_000)}, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(folder / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in plain.infolist():
+            packed.writestr(record.filename, plain.read(record), zipfile.ZIP_DEFLATED)
+    assert (folder / "adapter_model.bin").stat().st_size < 200_000
+    check_too_large(folder, good, answer, 40_000_000)
+
+
+def check_too_large(folder, good, answer, nbytes):
+    with cases.engine(slots=2, cpu_bytes=500_000) as engine:
+        engine.add_adapter("good", good)
+        engine.add_adapter("large", folder)
+        with pytest.raises(AdapterTooLargeError, match=r"holds (\d+) bytes, more than .*cpu_bytes") as caught:
+            engine.submit(PROMPT, "large").result(WAIT)
+        assert int(re.search(r"holds (\d+)", str(caught.value))[1]) >= nbytes
+        assert engine.submit(PROMPT, "good").result(WAIT) == answer
+        assert engine.status().on_cpu == ["good"]
+
+
+def test_a_config_without_end(tmp_path, maker, engine):
+    folder = maker.save(tmp_path, 1, cases.LORA_KINDS[0])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"note": "x" * (1 << 20)}))
+    with pytest.raises(ValueError, match=r"has 104\d+ bytes, and an adapter's config at most 1048576"):
+        engine.add_adapter("long", folder)
 
 
 @pytest.mark.parametrize("name", ["nobody", "x" * 10_000, "", "../..", "\0", 7], ids=repr)
@@ -311,53 +339,6 @@ def test_length_has_to_be_said(good):
             engine.submit(PROMPT)
 
 
-def test_callbacks_that_fail_or_call_back(engine, answer, tmp_path, maker):
-    """A future's callback runs in a thread of the engine; it may ask it for more, and must not end it."""
-    engine.add_adapter("x", maker.save(tmp_path, 0, cases.LORA_KINDS[0]))
-    handles = []
-
-    def ask_for_more(future: "Future[None]") -> None:
-        handles.append(engine.submit(PROMPT, "x"))
-        raise RuntimeError("of a callback")
-
-    engine.prefetch("x").add_done_callback(ask_for_more)
-    engine.pin("x").add_done_callback(ask_for_more)
-    assert engine.submit(PROMPT, "x").result(WAIT) == answer
-    assert [handle.result(WAIT) for handle in handles] == [answer] * 2
-
-
-def test_cancelled_futures(engine, answer, tmp_path, maker):
-    """The caller may lose interest in a future. That must not end the thread that would set it."""
-    engine.add_adapter("x", maker.save(tmp_path, 0, cases.LORA_KINDS[0]))
-    engine.prefetch("x").cancel()
-    engine.pin("x").cancel()
-    assert engine.submit(PROMPT, "x").result(WAIT) == answer
-
-
-def test_cancelling_while_the_adapter_is_read(engine, answer, tmp_path, maker, monkeypatch):
-    folder = maker.save(tmp_path / "slow", 1, cases.LORA_KINDS[0])
-    engine.add_adapter("slow", folder)
-    reading, go_on = threading.Event(), threading.Event()
-    read = registry_module.read_adapter
-
-    def read_slowly(path, limit):
-        reading.set()
-        assert go_on.wait(WAIT)
-        return read(path, limit)
-
-    monkeypatch.setattr(registry_module, "read_adapter", read_slowly)
-    handle = engine.submit(PROMPT, "slow")
-    assert reading.wait(WAIT)
-    assert handle.cancel()
-    engine.remove_adapter("slow")
-    go_on.set()
-    with pytest.raises(RequestCancelledError):
-        handle.result(WAIT)
-    monkeypatch.undo()
-    assert engine.submit(PROMPT, "good").result(WAIT) == answer
-    assert engine.status().on_cpu == ["good"]
-
-
 def test_files_of_reference_peft_have_no_seal(engine, good, tmp_path, answer):
     """They are served too, and noticed if they are damaged as far as safetensors notices it."""
     from safetensors.torch import load_file
@@ -375,3 +356,53 @@ def test_weights_in_memory_that_are_not_finite(engine, maker):
     with pytest.raises(ValueError, match=f"{key} has values that are NaN or infinite"):
         engine.add_adapter("bad", weights, config)
     assert list(engine.adapters()) == ["good"]
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_an_adapter_that_overflows_fails_alone(maker, good, dtype, options):
+    """Its weights are finite, and what the layers make of them is not. That must neither reach the others nor stay."""
+    config, weights = maker.weights(3, cases.LORA_KINDS[0])
+    huge = {key: torch.full_like(value, 3e38) * value.sign() for key, value in weights.items()}
+    other = [9, 10, 11, 12, 13, 14]
+    work = [(PROMPT, "good"), (other, "good"), (PROMPT, None), (other, None)]
+
+    def engine():
+        engine = cases.engine(cases.tiny_base(dtype))
+        engine._generation_config.update(**options)
+        engine.add_adapter("good", good)
+        return engine
+
+    with engine() as fresh:
+        wanted = [fresh.submit(prompt, name).result(WAIT) for prompt, name in work]
+    with engine() as beside:
+        beside.add_adapter("huge", huge, config)
+        beside.pin("huge").result(WAIT), beside.pin("good").result(WAIT)
+        for _ in range(2):  # the second time from the cache
+            bad, answers = [], []
+            for prompt, name in work:
+                bad.append(beside.submit(prompt, "huge"))
+                answers.append(beside.submit(prompt, name))
+            assert [handle.result(WAIT) for handle in answers] == wanted
+            for handle in bad:
+                with pytest.raises(RequestFailedError, match="adapter 'huge': its values overflow"):
+                    handle.result(WAIT)
+                assert handle.tokens() == []
+
+
+def test_another_method_is_refused_when_it_is_registered(tmp_path, maker, good, answer):
+    """Whichever is asked for first: what was registered first is served."""
+    kind = {"method": "ia3", "target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+    other = maker.save(tmp_path / "ia3", 1, kind)
+    with cases.engine() as engine:
+        engine.add_adapter("first", other)
+        engine.replace_adapter("first", good)  # nothing else is there yet
+        with pytest.raises(AdapterLoadError, match=r"'ia3' is of the method IA3, and this engine serves LORA"):
+            engine.add_adapter("ia3", other)
+        with pytest.raises(AdapterLoadError, match="is of the method IA3"):
+            engine.add_adapter("ia3", *reversed(maker.weights(1, kind)))
+        assert engine.submit(PROMPT, "first").result(WAIT) == answer
+        with pytest.raises(AdapterLoadError, match="is of the method IA3"):
+            engine.replace_adapter("first", other)
+        assert engine.submit(PROMPT, "first").result(WAIT) == answer
+        assert list(engine.adapters()) == ["first"]

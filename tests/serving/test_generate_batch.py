@@ -88,6 +88,39 @@ def test_without_names_it_is_that_of_transformers(model, folders):
     assert answers == [answer[:3] for answer in cases.Alone().answers(folders[1], prompts)]
 
 
+def test_a_manager_that_is_kept_knows_which_adapters_were_active(model):
+    prompt = cases.prompts(1, shared=12)[0]
+    base = model.get_base_model()
+
+    def answer(**options):
+        config = cases.generation_config(eos_token_id=-1), cases.batching_config()
+        return [output.generated_tokens for output in model.generate_batch([prompt], *config, **options).values()]
+
+    def everything(**options):
+        answers = []
+        for active in ("0", "1", ["0", "1"]):
+            model.base_model.set_adapter(active)
+            answers.append(answer(**options))
+        with model.disable_adapter():
+            answers.append(answer(**options))
+        return answers
+
+    wanted = everything()
+    assert wanted[0] != wanted[1]
+    base.generate_batch([prompt], cases.generation_config(), cases.batching_config(), persistent_manager=True)
+    assert everything() == wanted, "the blocks of a manager that knows no adapters are not used"
+    base.generate_batch([prompt], cases.generation_config(), cases.batching_config(), persistent_manager=True)
+    assert everything(persistent_manager=True) == wanted
+    assert answer(adapter_names=["1"], persistent_manager=True) == wanted[1]
+    model.set_adapter("0")
+    assert answer() == wanted[0], "also where the kept manager is used once more"
+    model.base_model.merge_adapter(["0"])
+    with pytest.raises(ValueError, match=r"persistent_manager=True cannot be used while \['0'\] are merged"):
+        answer(persistent_manager=True)
+    base.destroy_cached_continuous_batching_manager()
+    assert answer() == wanted[0]
+
+
 def test_arguments(model):
     call = {"generation_config": cases.generation_config(), "continuous_batching_config": cases.batching_config()}
     with pytest.raises(ValueError, match=r"one entry a prompt: expected 2, got \['0'\]"):

@@ -12,7 +12,7 @@ from fastpeft.checkpoint import AdapterFileError, get_peft_model_state_dict, sav
 from fastpeft.serving import AdapterTooLargeError, ServingError, UnknownAdapterError
 from fastpeft.serving.registry import AdapterRegistry, AdapterVersion, CpuTier, source_of
 from fastpeft.serving.slots import AdapterSlots
-from fastpeft.serving.weights import AdapterWeights, read_adapter
+from fastpeft.serving.weights import AdapterWeights, base_weights_of, read_adapter, without_base_weights
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -254,6 +254,19 @@ def test_an_adapter_that_does_not_fit_changes_nothing(maker, change):
     assert torch.equal(slots.base_model.get_input_embeddings().weight, embedding)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_config_that_asks_for_more_than_there_is_costs_nothing(maker, is_first):
+    """Its r says how much would be allocated. The file's tensors are compared with it before anything is."""
+    slots = AdapterSlots(cases.tiny_base(), 2)
+    if not is_first:
+        slots.load(1, AdapterWeights(*maker.weights(0, cases.LORA_KINDS[0])))
+    config, weights = maker.weights(1, cases.LORA_KINDS[0])
+    config.r = 2**45  # a petabyte a layer
+    with pytest.raises(ValueError, match=r"does not fit this base model.*of shape \(4, .*the model \(35184372088832,"):
+        slots.load(0, AdapterWeights(config, weights))
+    slots.load(0, AdapterWeights(*maker.weights(1, cases.LORA_KINDS[0])))
+
+
 def test_biases_of_the_base_are_refused(tmp_path):
     model = get_peft_model(cases.tiny_base(), LoraConfig(target_modules=["q_proj"], bias="all"))
     save_adapter_files(tmp_path, model.peft_config["default"], get_peft_model_state_dict(model))
@@ -293,3 +306,39 @@ def test_merged_and_disabled_adapters_are_refused():
     model.base_model.merge_adapter()
     with pytest.raises(ValueError, match=r"q_proj are merged \(default\)"):
         AdapterSlots(model, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_embeddings_that_were_saved_with_an_adapter(tmp_path, dtype, wrapped):
+    """PEFT saves those that an adapter targets. Copies of the base's own are left out, others are refused."""
+    base = cases.tiny_base(torch.float32)
+    model = get_peft_model(base, lora_config := cases.lora_config(cases.ENDS))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "embedding_A" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    served = cases.tiny_base(dtype)  # of another precision than the file
+    if wrapped:
+        served = get_peft_model(served, cases.lora_config(cases.ENDS)).get_base_model()
+    read = read_adapter(tmp_path)
+    embeddings = [key for key in read.tensors if "base_layer" in key]
+    assert len(embeddings) == 2
+    weights = without_base_weights(read, base_weights_of(served))
+    assert weights.tensors.keys() == read.tensors.keys() - embeddings
+    AdapterSlots(cases.tiny_base(dtype), 1).load(0, weights)
+
+    changed = {**read.tensors, embeddings[0]: read.tensors[embeddings[0]] + 1}
+    kept = without_base_weights(AdapterWeights(lora_config, changed), base_weights_of(served))
+    assert kept.tensors.keys() == read.tensors.keys() - {embeddings[1]}
+    with pytest.raises(AdapterFileError, match="which is no part of the adapter"):
+        AdapterSlots(cases.tiny_base(dtype), 1).load(0, kept)
+
+
+def test_a_whole_module_that_equals_the_base_is_kept():
+    """It belongs to the adapter, trained or not."""
+    config = cases.lora_config(cases.LORA_KINDS[4])
+    model = get_peft_model(cases.tiny_base(), config)
+    weights = AdapterWeights(config, get_peft_model_state_dict(model))
+    assert without_base_weights(weights, base_weights_of(cases.tiny_base())) is weights
