@@ -99,12 +99,14 @@ def _config_beside(weights: Path) -> PeftConfig | None:
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Adapter weights must be finite. Modules that were saved whole may hold infinities, as masks do, but no NaN."""
+    """Adapter weights must be finite floats. Modules that were saved whole may hold infinity, as masks do, but no NaN."""
     for key, tensor in tensors.items():
+        is_adapter = any(prefix in key for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
         if not tensor.is_floating_point():
+            if is_adapter:
+                raise AdapterFileError(f"{key} in {path} is of {tensor.dtype}; expected a floating-point dtype")
             continue
         values = tensor.float() if tensor.element_size() == 1 else tensor  # fp8 has no isnan
-        is_adapter = any(prefix in key for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
         bad = ~values.isfinite() if is_adapter else values.isnan()
         if bad.any():
             raise AdapterFileError(

@@ -106,6 +106,13 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
         load_peft_weights(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool], ids=str)
+def test_weights_that_are_no_floats_are_named(tmp_path, dtype):
+    save_adapter_files(tmp_path, LoraConfig(), {KEY: torch.ones(2, 3, dtype=dtype)})
+    with pytest.raises(AdapterFileError, match=f"{KEY} in .* is of {dtype}; expected a floating-point dtype"):
+        load_peft_weights(tmp_path, device="cpu")
+
+
 def test_modules_that_were_saved_whole_may_hold_infinities_but_no_nan(tmp_path):
     mask = torch.tensor([0.0, float("-inf")])
     save_adapter_files(tmp_path, LoraConfig(), {"base_model.model.head.mask": mask})

@@ -33,10 +33,11 @@ def alone(work):
     return [answers[i] for i in range(REQUESTS)]
 
 
-def held():
+def held(engine):
+    """Bytes of all tensors but those in the CPU tier, which holds other adapters from time to time."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta]
-    return len(tensors), sum(t.nbytes for t in tensors)
+    return sum(t.nbytes for t in tensors) - engine.status().cpu_bytes
 
 
 @pytest.mark.slow
@@ -68,9 +69,10 @@ def test_every_answer_is_that_of_its_adapter_alone(work, alone):
                 for j in range(1, SLOTS):  # the same adapters in the slots each time
                     engine.submit([5, 6, 7], f"a{j}").result(WAIT)
                     assert engine.status().cpu_bytes <= limit
-                counts.append(engine.status().device_bytes)
+                counts.append((engine.status().device_bytes, held(engine)))
         status = engine.status()
         assert [handle.result(WAIT) for handle in handles] == alone
         assert (len(status.resident), status.running, status.waiting) == (SLOTS, 0, 0)
         assert status.loads > 700
-        assert counts[0] == counts[1]
+        assert counts[0][0] == counts[1][0]
+        assert abs(counts[1][1] - counts[0][1]) < 100_000, counts  # an adapter has some 10,000
