@@ -99,7 +99,7 @@ def _config_beside(weights: Path) -> PeftConfig | None:
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Adapter weights must be finite floats. Modules that were saved whole may hold infinity, as masks do, but no NaN."""
+    """Adapter weights are finite floats. Modules that were saved whole may be infinite, as masks are, but not NaN."""
     for key, tensor in tensors.items():
         is_adapter = any(prefix in key for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
         if not tensor.is_floating_point():
