@@ -176,10 +176,10 @@ def source_of(
             raise ValueError(f"weights in memory need the adapter's config, a PeftConfig; got config={config!r}")
         if bad := [key for key, value in source.items() if not isinstance(value, Tensor)]:
             raise ValueError(f"expected a dict of tensors under the keys of an adapter file, but {bad[:4]} are none")
-        if bad := [key for key, value in source.items() if value.is_complex() or not value.isfinite().all()]:
-            raise ValueError(
-                f"{bad[0]} has values that are complex, NaN or infinite; requests of all adapters would suffer"
-            )
+        if bad := [key for key, value in source.items() if value.is_complex()]:
+            raise ValueError(f"{bad[0]} is of {source[bad[0]].dtype}; expected a floating-point dtype")
+        if bad := [key for key, value in source.items() if not value.isfinite().all()]:
+            raise ValueError(f"{bad[0]} has values that are NaN or infinite; requests of all adapters would suffer")
         return AdapterWeights(config, {key: value.detach().cpu().clone() for key, value in source.items()})
     if config is not None:
         raise ValueError("a folder has a config of its own; leave out config=")
