@@ -226,11 +226,11 @@ class Routing:
         contents = self._contents
         slots, none = {name: slot for slot, name in enumerate(names)}, len(names)
         entries = [[entry for entry in row if entry.name in slots and entry.weight] for row in contents.entries]
-        slot = torch.full((contents.passes, len(entries)), none, dtype=torch.int32, device="cpu")
-        weight = torch.ones((contents.passes, len(entries)), dtype=torch.float32, device="cpu")
-        for row, own in enumerate(entries):
-            for p, entry in enumerate(own):
-                slot[p, row], weight[p, row] = slots[entry.name], entry.weight
+        passes = range(contents.passes)
+        slot_lists = [[slots[own[p].name] if p < len(own) else none for own in entries] for p in passes]
+        weight_lists = [[own[p].weight if p < len(own) else 1.0 for own in entries] for p in passes]
+        slot = torch.tensor(slot_lists, dtype=torch.int32, device="cpu")
+        weight = torch.tensor(weight_lists, dtype=torch.float32, device="cpu")
         units = self._unit_of_each_row(M)
         ordered, order = slot[:, units].sort(dim=1, stable=True)
         bounds = torch.arange(none + 1, dtype=torch.int32, device="cpu").expand(contents.passes, -1).contiguous()
