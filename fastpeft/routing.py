@@ -4,6 +4,7 @@ A `Routing` has the names; for every layer it gives the numbers that the routed 
 How it gets to the layers is in fastpeft.routing_scope; `model(**batch, adapter_names=[...])` and `generate` see to it.
 """
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -275,7 +276,16 @@ def as_routing(adapter_names: Any) -> Routing:
     unordered = isinstance(adapter_names, str | Mapping | set | frozenset)
     if unordered or not isinstance(adapter_names, Collection):
         raise TypeError(f"adapter_names needs one name per row of the batch, got {shortened(adapter_names)}")
-    return Routing.by_row(list(adapter_names))
+    rows = tuple(adapter_names)
+    if not torch.compiler.is_compiling() and all(row is None or type(row) is str for row in rows):
+        return _routing_of_names(rows)
+    return Routing.by_row(rows)
+
+
+@functools.lru_cache(32)
+def _routing_of_names(names: tuple[str | None, ...]) -> Routing:
+    """Asked for step after step with the same names, whose tables are then there. Nobody refills it."""
+    return Routing.by_row(names)
 
 
 def check_names(routing: Routing, known: Collection[str]) -> None:
