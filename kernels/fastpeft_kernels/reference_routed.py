@@ -14,10 +14,7 @@ Slot by slot: the rows of a slot are a slice where they follow one another, else
 batches whose slots have equally many rows, in order, go through batched products instead (routed_even).
 """
 
-import functools
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,75 +22,11 @@ from torch import Tensor
 
 from fastpeft_kernels import low_rank, routed_even
 from fastpeft_kernels.reference import add_dx_
-
-FEW_ROWS = 256  # a batch of so few rows is bound by torch's operators: two a slot
-KEPT_ROWS = 4096  # up to so many, a pass is looked up faster than it is made
-
-
-class Segment(NamedTuple):
-    """Lines begin to end of a pass, all of one slot."""
-
-    slot: int
-    begin: int
-    end: int
+from fastpeft_kernels.routed_few import FEW_ROWS, lora_of_few_
+from fastpeft_kernels.routed_passes import Pass, passes_of
 
 
-class _Pass:
-    """The rows of one pass, segment by segment."""
-
-    def __init__(self, order: Sequence[int], starts: Sequence[int], device: torch.device) -> None:
-        """
-        Args:
-            order: a line of `rows`.
-            starts: a line of `starts`.
-        """
-        bounds = enumerate(pairwise(starts))
-        self.segments = segments = [Segment(slot, begin, end) for slot, (begin, end) in bounds if end > begin]
-        self.entries = starts[-1]
-        with torch.inference_mode(False):  # it may be kept for a forward with gradients
-            self.index = torch.tensor(order[: self.entries], dtype=torch.int64, device=device)
-        self.are_slices = all(_follow_one_another(order[s.begin : s.end]) for s in segments)
-        self.slices = [slice(order[s.begin], order[s.begin] + s.end - s.begin) for s in segments]
-        self.in_order = self.are_slices and all(i == row for i, row in enumerate(order[: self.entries]))
-        whole = self.in_order and self.entries == len(order)
-        self.is_even = whole and len({end - begin for _, begin, end in segments}) == 1
-
-    def take(self, t: Tensor | None) -> Iterator[Tensor | None]:
-        """The rows of t that each segment has, until the next segment is asked for."""
-        for segment, rows in zip(self.segments, self.slices, strict=True):
-            if t is None:
-                yield None
-            elif self.are_slices:
-                yield t[rows]
-            else:
-                yield t.index_select(0, self.index[segment.begin : segment.end])
-
-    def give_back_(self, out: Tensor, segment: Segment, part: Tensor) -> None:
-        """Store what `take(out)` gave for this segment, changed in place since."""
-        if not self.are_slices:
-            out.index_copy_(0, self.index[segment.begin : segment.end], part)
-
-    def split(self, lines: Tensor) -> Sequence[Tensor]:
-        """Lines in the order of the pass, by segment."""
-        parts: Sequence[Tensor] = torch.split_with_sizes(lines, [s.end - s.begin for s in self.segments])
-        return parts
-
-
-def _follow_one_another(rows: Sequence[int]) -> bool:
-    return all(after == row + 1 for row, after in pairwise(rows))
-
-
-def _passes(rows: Tensor, starts: Tensor) -> list[_Pass]:
-    lines = zip(rows.tolist(), starts.tolist(), strict=True)
-    if rows.shape[1] > KEPT_ROWS:
-        return [_Pass(order, line, rows.device) for order, line in lines]
-    return [_kept_pass(tuple(order), tuple(line), rows.device) for order, line in lines]
-
-
-_kept_pass = functools.lru_cache(64)(_Pass)  # decoding asks for the same one in every layer
-
-
-def _even(passes: Sequence[_Pass], t: Tensor, factors: Sequence[Tensor], rank_dim: int) -> list[int] | None:
+def _even(passes: Sequence[Pass], t: Tensor, factors: Sequence[Tensor], rank_dim: int) -> list[int] | None:
     """The slots of a batch that `routed_even` takes, in its order; None for any other batch. t is x or out."""
     if len(passes) != 1 or not passes[0].is_even:
         return None
@@ -125,7 +58,7 @@ def shrink(
     mask: Tensor | None,
 ) -> Tensor:
     """S: (P, M, R) in the factors' dtype, R the largest rank; x (M, K), factors (r_j, K)."""
-    passes = _passes(rows, starts)
+    passes = passes_of(rows, starts)
     slots = _even(passes, x, factors, 0)
     if slots is not None:
         narrow = routed_even.shrink(x, [factors[slot] for slot in slots], [scales[slot] for slot in slots], mask)
@@ -154,7 +87,7 @@ def shrink_backward(
     """(dx, [dA_j]); dx is empty, of shape (0,), where it is not needed."""
     if weights is not None:
         dS = (dS * weights.unsqueeze(2)).to(dS.dtype)
-    passes = _passes(rows, starts)
+    passes = passes_of(rows, starts)
     slots = _even(passes, x, factors, 0)
     if slots is not None:
         own = [factors[slot] for slot in slots]
@@ -184,7 +117,7 @@ def expand(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, sta
 
 def expand_(out: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor) -> Tensor:
     """`expand` in place."""
-    passes = _passes(rows, starts)
+    passes = passes_of(rows, starts)
     slots = _even(passes, out, factors, 1)
     if slots is not None:
         own = [factors[slot] for slot in slots]
@@ -203,7 +136,7 @@ def expand_backward(
     dout: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tensor, starts: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """(dS, [dB_j])."""
-    passes = _passes(rows, starts)
+    passes = passes_of(rows, starts)
     slots = _even(passes, dout, factors, 1)
     if slots is not None:
         own = [factors[slot] for slot in slots]
@@ -237,33 +170,8 @@ def lora_(
     """`expand_` of `shrink`, for inference."""
     in_factors_dtype = torch.promote_types(out.dtype, As[0].dtype) == As[0].dtype
     if mask is None and weights is None and len(rows) == 1 and len(x) <= FEW_ROWS and in_factors_dtype:
-        return _lora_of_few_(out, x, As, Bs, scales, _passes(rows, starts)[0])
+        return lora_of_few_(out, x, As, Bs, scales, passes_of(rows, starts)[0])
     return expand_(out, shrink(x, As, scales, rows, starts, weights, mask), Bs, rows, starts)
-
-
-def _lora_of_few_(
-    out: Tensor, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: _Pass
-) -> Tensor:
-    """With two operators a slot: all rows are gathered and widened at once."""
-    if not taken.entries:
-        return out
-    if taken.in_order:
-        lines, total = x[: taken.entries], out[: taken.entries]
-    else:
-        lines, total = x.index_select(0, taken.index), out.index_select(0, taken.index)
-    lines, sums = lines.to(As[0].dtype), total.to(As[0].dtype)
-    adapters = [(As[slot], Bs[slot], scales[slot]) for slot, _, _ in taken.segments]
-    if len(adapters) == taken.entries:  # each row alone with its adapter
-        for (A, B, scale), line, row in zip(adapters, lines.unbind(), sums.unbind(), strict=True):
-            row.addmv_(B, torch.mv(A, line), alpha=scale)
-    else:
-        for (A, B, scale), line, part in zip(adapters, taken.split(lines), taken.split(sums), strict=True):
-            part.addmm_(F.linear(line, A), B.t(), alpha=scale)
-    if not taken.in_order:
-        out.index_copy_(0, taken.index, sums.to(out.dtype))
-    elif sums is not total:
-        total.copy_(sums)
-    return out
 
 
 # LoRA on embeddings: S = weight · scale · (columns `ids` of A)ᵀ.
@@ -279,7 +187,7 @@ def gather(
 ) -> Tensor:
     """S: (P, M, R) in the factors' dtype; ids (M,), factors (r_j, V)."""
     S = _new_S(factors, rows)
-    for S_lines, taken in zip(S, _passes(rows, starts), strict=True):
+    for S_lines, taken in zip(S, passes_of(rows, starts), strict=True):
         for segment, part in zip(taken.segments, taken.take(ids), strict=True):
             assert part is not None
             A = factors[segment.slot]
@@ -300,7 +208,7 @@ def gather_backward(
     if weights is not None:
         dS = (dS * weights.unsqueeze(2)).to(dS.dtype)
     dAs = [A.new_zeros(A.shape) for A in factors]
-    for dS_lines, taken in zip(dS, _passes(rows, starts), strict=True):
+    for dS_lines, taken in zip(dS, passes_of(rows, starts), strict=True):
         for segment, part in zip(taken.segments, taken.take(ids), strict=True):
             assert part is not None
             dA = dAs[segment.slot]
@@ -339,7 +247,7 @@ def scale_backward(
     dy = dout.clone(memory_format=torch.contiguous_format)
     dy.index_copy_(0, touched, (dout.index_select(0, touched) * factor).to(dout.dtype))
     grads = [y.new_empty(0) if vector is None else vector.new_zeros(vector.shape) for vector in vectors]
-    for p, taken in enumerate(_passes(rows, starts)):
+    for p, taken in enumerate(passes_of(rows, starts)):
         line_weights = None if weights is None else taken.split(weights[p, : taken.entries])
         for i, (segment, dpart, part) in enumerate(zip(taken.segments, taken.take(dout), taken.take(y), strict=True)):
             vector = vectors[segment.slot]
@@ -359,7 +267,7 @@ def _factors(
     """(f, the rows that it is for): (m, C) in fp32 at least, and (m,)."""
     wide = _wide(y, *(vector for vector in vectors if vector is not None))
     parts, touched = [], []
-    for p, taken in enumerate(_passes(rows, starts)):
+    for p, taken in enumerate(passes_of(rows, starts)):
         for segment in taken.segments:
             vector = vectors[segment.slot]
             if vector is None:

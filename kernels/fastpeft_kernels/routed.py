@@ -34,6 +34,7 @@ from fastpeft_kernels.routes import (
     check_scales,
     joined,
     parted,
+    ranks_of,
     routed_input,
 )
 
@@ -146,7 +147,7 @@ def lora_routed(
     check_routing(x, len(As), rows, starts, weights)
     check_scales(scales, As)
     check_mask(mask, x)
-    ranks = [A.shape[0] for A in As], [B.shape[1] for B in Bs]
+    ranks = ranks_of(As, 0), ranks_of(Bs, 1)
     if ranks[0] != ranks[1] or As[0].dtype != Bs[0].dtype:
         raise ValueError(
             f"As and Bs must fit each other slot by slot; got ranks {ranks[0]} of {As[0].dtype} and {ranks[1]} of "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels.masks import apply_mask
+from fastpeft_kernels.side_by_side import side_by_side
 
 MOST_ELEMENTS = 1 << 21  # of x or out: they are held in fp32 as a whole, 8 MB
 MOST_PADDING = 2.0  # times the ranks' sum
@@ -62,7 +63,13 @@ def expand_backward(dout: Tensor, S: Tensor, factors: Sequence[Tensor]) -> tuple
 
 
 def _stacked(factors: Sequence[Tensor], rank_dim: int) -> Tensor:
-    """Factors side by side along their ranks, each padded with zeros to the largest: A (n, R, K), B (n, N, R)."""
+    """Factors side by side along their ranks, each padded with zeros to the largest: A (n, R, K), B (n, N, R).
+
+    Those that lie side by side in memory are not copied.
+    """
+    together = side_by_side(factors)
+    if together is not None and together.places == tuple(range(len(factors))):
+        return together.stack
     ranks = [factor.shape[rank_dim] for factor in factors]
     n, R, width = len(factors), max(ranks), factors[0].shape[1 - rank_dim]
     parts = factors

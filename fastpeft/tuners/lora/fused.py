@@ -8,7 +8,9 @@ When is in fastpeft.tuners.eligibility: what others hung on a module must run, s
 """
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain, repeat
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ from fastpeft.tuners.eligibility import base_parts, is_ordinary, plain_weight, w
 from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
 from fastpeft_kernels import LoraOperands, current_product, lora_add, lora_group, lora_linear
 from fastpeft_kernels.lora import inferring_few
+
+_LINEAR, _DROPOUTS, _PARAMETER = {nn.Linear}, {nn.Identity, nn.Dropout}, {nn.Parameter}
+_parameters = itemgetter("_parameters")
+_is_meta, _dtype, _is_a_sum = attrgetter("is_meta"), attrgetter("dtype"), attrgetter("is_a_sum")
 
 
 def adapter_parts(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | str:
@@ -44,6 +50,49 @@ def adapter_parts(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | st
     if by is not None:
         return by
     return a, b, dropout.p if kind is nn.Dropout and dropout.training else 0.0
+
+
+class PlainFactors(NamedTuple):
+    """Of adapters that ops may read: weights of lora_A and lora_B, dropout probabilities in force."""
+
+    As: list[Tensor]
+    Bs: list[Tensor]
+    ps: list[float]
+
+
+def plain_factors(layer: Any, adapters: Sequence[str]) -> PlainFactors | None:
+    """`adapter_parts` of many adapters that are sums, in one dtype; None if any is another, or is not to be read.
+
+    It looks at the same things, all adapters at a time: one by one, 64 of them take longer than their products.
+    """
+    modules = layer._modules
+    As, Bs, dropouts = (
+        list(map(modules[container]._modules.get, adapters)) for container in ("lora_A", "lora_B", "lora_dropout")
+    )
+    if {*map(type, As), *map(type, Bs)} != _LINEAR or not _DROPOUTS.issuperset(map(type, dropouts)):
+        return None
+    if watched_everywhere() or not layer.cast_input_dtype_enabled:
+        return None
+    tables = [module.__dict__ for module in chain(As, Bs, dropouts)]
+    for table in tables:
+        if (
+            table["_forward_hooks"]
+            or table["_forward_pre_hooks"]
+            or table["_backward_hooks"]
+            or table["_backward_pre_hooks"]
+            or "forward" in table
+        ):
+            return None
+    parameters = list(map(_parameters, tables[: 2 * len(As)]))
+    weights: list[Any] = list(map(dict.get, parameters, repeat("weight")))
+    if set(map(type, weights)) != _PARAMETER or any(map(_is_meta, weights)) or len(set(map(_dtype, weights))) > 1:
+        return None
+    if set(map(dict.get, parameters[len(As) :], repeat("bias"))) != {None}:
+        return None
+    if not all(map(_is_a_sum, map(layer.variants.__getitem__, adapters))):
+        return None
+    ps = [dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0 for dropout in dropouts]
+    return PlainFactors(weights[: len(As)], weights[len(As) :], ps)
 
 
 def fused_operands(layer: Any, adapters: Sequence[str], x_dtype: torch.dtype, autocast: bool) -> LoraOperands | str:

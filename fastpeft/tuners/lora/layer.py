@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastpeft.routing import as_routing
 from fastpeft.routing_scope import routing_for
 from fastpeft.tuners.bases import Base, base_for
+from fastpeft.tuners.lora.factor_bank import FactorBank
 from fastpeft.tuners.lora.few import forward_of_few
 from fastpeft.tuners.lora.fused import fused_forward
 from fastpeft.tuners.lora.routed import routed_forward
@@ -65,6 +66,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self._merged_state: dict[str, Any] = {}  # what their variants must know to unmerge them
         self.cast_input_dtype_enabled = True
         self.input_group: InputGroup | None = None
+        self.factor_bank = FactorBank()
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 

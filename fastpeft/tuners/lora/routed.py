@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastpeft.routing import Routing, RoutingTables, upload
 from fastpeft.tuners.bases import EmbeddingBase
 from fastpeft.tuners.eligibility import base_parts, is_ordinary
-from fastpeft.tuners.lora.fused import adapter_parts
+from fastpeft.tuners.lora.fused import adapter_parts, plain_factors
 from fastpeft.utils.saved_tensors import is_dispatch_watched
 from fastpeft_kernels import expand_routed, gather_routed, lora_routed, scale_routed
 from fastpeft_kernels.dropout import draw_mask, dropout_scale
@@ -26,6 +26,15 @@ class _Adapter(NamedTuple):
     A: Tensor
     B: Tensor
     dropout_p: float
+
+
+class _Adapters(NamedTuple):
+    """Several of them, in one dtype."""
+
+    names: Sequence[str]
+    As: Sequence[Tensor]
+    Bs: Sequence[Tensor]
+    ps: Sequence[float]
 
 
 def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -42,16 +51,18 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     tables = routing.tables(shape, names, x.device)  # the rows must fit, even where this layer has nothing to add
     if not names:
         return base  # type: ignore[no-any-return]
+    if (plain := _plain_adapters(layer, names, x, base)) is not None:
+        return _add_together(layer, plain, tables, base, x, overwrite=_is_fresh(layer))
     readable = _adapters_for_ops(layer, names, x, base)
     dtypes = dict.fromkeys(adapter.A.dtype for adapter in readable)
     if len(readable) == len(names) and len(dtypes) == 1:
-        return _add_together(layer, readable, tables, base, x, overwrite=_is_fresh(layer))
+        return _add_together(layer, _Adapters(*zip(*readable, strict=True)), tables, base, x, _is_fresh(layer))
     out = base
     together = [adapter for adapter in readable if layer.variants[adapter.name].is_a_sum]  # others scale what is there
     for dtype in dtypes:
         if group := [adapter for adapter in together if adapter.A.dtype == dtype]:
             tables = routing.tables(shape, tuple(adapter.name for adapter in group), x.device)
-            out = _add_together(layer, group, tables, out, x)
+            out = _add_together(layer, _Adapters(*zip(*group, strict=True)), tables, out, x)
     for name in [name for name in names if all(adapter.name != name for adapter in together)]:
         lines = _lines_of(routing, shape, name, x.device)
         if len(lines.rows) or torch.is_grad_enabled():  # distributed training wants a gradient of everybody
@@ -62,6 +73,18 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
 def _is_fresh(layer: Any) -> bool:
     """Whether nobody but us holds the output that the base layer has just returned."""
     return not torch.is_grad_enabled() and not isinstance(base_parts(layer), str) and not is_dispatch_watched()
+
+
+def _plain_adapters(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -> _Adapters | None:
+    """All adapters, where all are the usual kind on a linear layer: looked at together."""
+    if torch.compiler.is_compiling() or not (is_ordinary(x) and is_ordinary(base)):
+        return None
+    plain = plain_factors(layer, names)
+    if plain is None or plain.As[0].dtype not in (x.dtype, torch.float32):
+        return None
+    if len(names) > 1 and x.device.type == "cpu":
+        layer.factor_bank.gather(layer, names, plain.As)
+    return _Adapters(names, *plain)
 
 
 def _adapters_for_ops(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -> list[_Adapter]:
@@ -97,14 +120,14 @@ def _embedding_adapter(layer: Any, name: str, _: torch.dtype) -> _Adapter | None
 
 def _add_together(
     layer: Any,
-    adapters: Sequence[_Adapter],
+    adapters: _Adapters,
     tables: RoutingTables,
     out: Tensor,
     x: Tensor,
     overwrite: bool = False,
 ) -> Tensor:
     """out with these adapters, by the routed ops; `overwrite`: they may change out itself."""
-    names, As, Bs, ps = (list(parts) for parts in zip(*adapters, strict=True))
+    names, As, Bs, ps = adapters
     flat = out.reshape(-1, out.shape[-1])
     scales = [layer.scaling[name] for name in names]
     if isinstance(layer.base, EmbeddingBase):

@@ -1,0 +1,85 @@
+"""Routed LoRA of a few rows in plain torch, as in decoding: bound by Python and by torch's operators, not by products.
+
+Adapters whose factors lie side by side are two batched products, whatever their number; others take two operators each.
+`reference_routed` has the specification.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpeft_kernels.routed_passes import Layout, Pass
+from fastpeft_kernels.routes import ranks_of
+from fastpeft_kernels.side_by_side import SideBySide, side_by_side
+
+FEW_ROWS = 256
+FEW_OF_A_RANK = 4  # slots of one rank: those of fewer are not taken together
+MOST_PADDING = 2  # times the rows: what batched products may take for slots of unequal rows, and for places of no slot
+
+
+def lora_of_few_(
+    out: Tensor, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: Pass
+) -> Tensor:
+    """out += scale · x Aᵀ Bᵀ, each row with its slot's factors, rounded once; As are of out's dtype or wider."""
+    if not taken.entries:
+        return out
+    slots = [segment.slot for segment in taken.segments]
+    ranks = ranks_of([As[slot] for slot in slots], 0)
+    if 1 < len(set(ranks)) <= len(slots) // FEW_OF_A_RANK:
+        for part in taken.parted(tuple(ranks)):
+            lora_of_few_(out, x, As, Bs, scales, part)
+        return out
+    As, Bs, scales = [As[slot] for slot in slots], [Bs[slot] for slot in slots], [scales[slot] for slot in slots]
+    if len(slots) > 1:
+        A, B = side_by_side(As), side_by_side(Bs)
+        if A is not None and B is not None and A.places == B.places:
+            layout = taken.laid_out(A.places)
+            if layout.lines <= MOST_PADDING * taken.entries:
+                return _together_(out, x, A, B, scales, layout)
+    return _slot_by_slot_(out, x, As, Bs, scales, taken)
+
+
+def _together_(out: Tensor, x: Tensor, A: SideBySide, B: SideBySide, scales: Sequence[float], layout: Layout) -> Tensor:
+    """Two batched products; lines of no row compute something that nobody reads."""
+    stack, dtype = A.stack, A.stack.dtype
+    lines, sums = (
+        (t if layout.row_of is None else t.index_select(0, layout.row_of)).to(dtype).reshape(len(stack), -1, t.shape[1])
+        for t in (x, out)
+    )
+    S = torch.bmm(lines, stack.mT)
+    alpha = scales[0]
+    if scales.count(alpha) < len(scales):
+        by_place = dict(zip(A.places, scales, strict=True))
+        alpha = 1.0
+        S.mul_(S.new_tensor([by_place.get(place, 0.0) for place in range(len(stack))]).view(-1, 1, 1))
+    total = sums.baddbmm_(S, B.stack.mT, alpha=alpha).view(-1, out.shape[1])
+    if layout.row_of is None:
+        return out if total.dtype == out.dtype else out.copy_(total)
+    if layout.used is not None:
+        total = total.index_select(0, layout.used)
+    return out.index_copy_(0, layout.rows, total.to(out.dtype))
+
+
+def _slot_by_slot_(
+    out: Tensor, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: Pass
+) -> Tensor:
+    """With two operators a slot: all rows are gathered and widened at once."""
+    if taken.in_order:
+        lines, total = x[: taken.entries], out[: taken.entries]
+    else:
+        lines, total = x.index_select(0, taken.index), out.index_select(0, taken.index)
+    lines, sums = lines.to(As[0].dtype), total.to(As[0].dtype)
+    adapters = zip(As, Bs, scales, strict=True)
+    if len(As) == taken.entries:  # each row alone with its adapter
+        for (A, B, scale), line, row in zip(adapters, lines.unbind(), sums.unbind(), strict=True):
+            row.addmv_(B, torch.mv(A, line), alpha=scale)
+    else:
+        for (A, B, scale), line, part in zip(adapters, taken.split(lines), taken.split(sums), strict=True):
+            part.addmm_(F.linear(line, A), B.t(), alpha=scale)
+    if not taken.in_order:
+        out.index_copy_(0, taken.index, sums.to(out.dtype))
+    elif sums is not total:
+        total.copy_(sums)
+    return out

@@ -1,0 +1,108 @@
+"""Few rows without gradients: as close to fp64 as each row by itself, however factors lie and rows are spread."""
+
+import pytest
+import torch
+from lora_operands import DTYPES
+from numerics import assert_as_close_as_torch
+from routed_operands import by_row_add, factors, one_each, routing
+
+from fastpeft_kernels import backend, lora_routed, routed_few
+
+K, N = 33, 40
+SCALES = (0.7, 1.3, 0.4, 2.0, 1.1, 0.9, 0.3, 1.7)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """How slots were computed, in order: (function, number of slots)."""
+    seen = []
+    for name in ("_together_", "_slot_by_slot_"):
+        inner = getattr(routed_few, name)
+
+        def spy(out, x, As, Bs, scales, *rest, name=name, inner=inner):
+            seen.append((name, len(scales)))
+            return inner(out, x, As, Bs, scales, *rest)
+
+        monkeypatch.setattr(routed_few, name, spy)
+    return seen
+
+
+def laid_side_by_side(tensors, places):
+    """The same tensors as parts of one memory, whose other places hold NaN."""
+    alike = {}
+    for slot, t in enumerate(tensors):
+        alike.setdefault(t.shape, []).append(slot)
+    moved = list(tensors)
+    for shape, slots in alike.items():
+        stack = torch.full((max(places[slot] for slot in slots) + 1, *shape), float("nan"), dtype=tensors[0].dtype)
+        for slot in slots:
+            moved[slot] = stack[places[slot]].copy_(tensors[slot])
+    return moved
+
+
+TOGETHER = {  # ranks, places in memory, slot of each row, how they are computed
+    "in-order": ([4] * 3, [0, 1, 2], [0, 0, 1, 1, 2, 2], [("_together_", 3)]),
+    "one-row-each": ([4] * 5, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [("_together_", 5)]),
+    "mixed-up": ([4] * 3, [0, 1, 2], [2, 0, 1, 1, 0, 2], [("_together_", 3)]),
+    "places-mixed-up": ([4] * 3, [2, 0, 1], [0, 0, 1, 1, 2, 2], [("_together_", 3)]),
+    "uneven": ([4] * 3, [0, 1, 2], [2, 0, 1, 1, 0], [("_together_", 3)]),
+    "base-rows": ([4] * 3, [0, 1, 2], [-1, 2, 0, -1, 1], [("_together_", 3)]),
+    "gaps": ([4] * 3, [1, 4, 5], [0, 0, 2, 2, 1, 1], [("_together_", 3)]),
+    "an-empty-slot": ([4] * 4, [0, 1, 2, 3], [3, 0, 2, 3], [("_together_", 3)]),
+    "two-ranks": ([4, 9] * 4, [0, 0, 1, 1, 2, 2, 3, 3], list(range(8)) * 2, [("_together_", 4)] * 2),
+    "too-far-apart": ([4] * 3, [0, 4, 30], [0, 1, 2], [("_slot_by_slot_", 3)]),
+    "too-uneven": ([4] * 3, [0, 1, 2], [0] * 8 + [1, 2], [("_slot_by_slot_", 3)]),
+    "few-of-a-rank": ([4, 9, 4], [0, 0, 1], [0, 1, 2], [("_slot_by_slot_", 3)]),
+    "one-slot": ([4] * 3, [0, 1, 2], [1, 1, -1], [("_slot_by_slot_", 1)]),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+@pytest.mark.parametrize("same_scale", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_as_close_to_fp64_as_torch(case, same_scale, overwrite, dtypes, ways):
+    ranks, places, slots, wanted = TOGETHER[case]
+    wide, narrow = dtypes
+    torch.manual_seed(0)
+    base, x = torch.randn(len(slots), N).to(wide), torch.randn(len(slots), K).to(wide)
+    As, Bs = factors(ranks, K, narrow, "cpu"), factors(ranks, N, narrow, "cpu", transposed=True)
+    scales = [0.7] * len(ranks) if same_scale else SCALES[: len(ranks)]
+    entries = one_each(slots)
+    eager = by_row_add(base, x, As, Bs, scales, entries)
+    exact = by_row_add(base.double(), x.double(), [A.double() for A in As], [B.double() for B in Bs], scales, entries)
+    with torch.no_grad(), backend("torch"):
+        As, Bs = laid_side_by_side(As, places), laid_side_by_side(Bs, places)
+        given = base.clone()
+        ours = lora_routed(given, x, As, Bs, scales, *routing(entries, len(ranks), "cpu"), overwrite=overwrite)
+    assert ways == wanted
+    assert (ours is given) == overwrite
+    assert_as_close_as_torch("out", ours, eager.detach(), exact.detach())
+    for row, slot in enumerate(slots):
+        assert slot >= 0 or torch.equal(ours[row], base[row])
+
+
+def test_strided_rows(ways):
+    """Rows and outputs of any strides."""
+    base, x = torch.randn(6, 2 * N)[:, ::2], torch.randn(K, 6).t()
+    As, Bs = factors([4] * 3, K, torch.float32, "cpu"), factors([4] * 3, N, torch.float32, "cpu", transposed=True)
+    entries = one_each([0, 0, 1, 1, 2, 2])
+    with torch.no_grad(), backend("torch"):
+        As, Bs = laid_side_by_side(As, [0, 1, 2]), laid_side_by_side(Bs, [0, 1, 2])
+        ours = lora_routed(base, x, As, Bs, SCALES[:3], *routing(entries, 3, "cpu"))
+        wanted = by_row_add(base, x, As, Bs, SCALES[:3], entries)
+    assert ways == [("_together_", 3)]
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_factors_that_lie_differently_are_taken_one_by_one(ways):
+    """lora_B in another order than lora_A."""
+    base, x = torch.randn(3, N), torch.randn(3, K)
+    As, Bs = factors([4] * 3, K, torch.float32, "cpu"), factors([4] * 3, N, torch.float32, "cpu", transposed=True)
+    entries = one_each([0, 1, 2])
+    with torch.no_grad(), backend("torch"):
+        As, Bs = laid_side_by_side(As, [0, 1, 2]), laid_side_by_side(Bs, [0, 2, 1])
+        ours = lora_routed(base, x, As, Bs, SCALES[:3], *routing(entries, 3, "cpu"))
+        wanted = by_row_add(base, x, As, Bs, SCALES[:3], entries)
+    assert ways == [("_slot_by_slot_", 3)]
+    torch.testing.assert_close(ours, wanted)

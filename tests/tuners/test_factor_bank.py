@@ -1,0 +1,250 @@
+"""Factors are moved together in memory, and nobody can tell but by the speed."""
+
+import copy
+import io
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastpeft.routing import Routing
+from fastpeft.tuners.lora import LoraConfig
+from fastpeft.tuners.lora.layer import Linear
+from fastpeft_kernels.side_by_side import side_by_side
+
+K, N = 24, 40
+NAMES = ["a", "b", "c", "d"]
+
+
+def add(layer, name, r=4):
+    config = LoraConfig(r=r, init_lora_weights=False)
+    layer.update_layer(name, r, lora_alpha=8, config=config)
+    for module in (layer.lora_A[name], layer.lora_B[name]):
+        module.weight.data = torch.randn(module.weight.shape)
+
+
+def make(names=NAMES, r=4):
+    torch.manual_seed(0)
+    layer = Linear(nn.Linear(K, N), names[0], LoraConfig(r=r), r=r, lora_alpha=8)
+    for name in names:
+        add(layer, name, r)
+    return layer.eval()
+
+
+def weights(layer, names=NAMES):
+    return [[container[name].weight for name in names] for container in (layer.lora_A, layer.lora_B)]
+
+
+def run(layer, names=NAMES):
+    torch.manual_seed(1)
+    x = torch.randn(2 * len(names), 3, K)
+    return layer(x, adapter_names=Routing.by_row([*names, *reversed(names)]))
+
+
+def factors_of(layer):
+    As, Bs = weights(layer)
+    return [*As, *Bs]
+
+
+def is_together(layer, names=NAMES):
+    found = [side_by_side(factors) for factors in weights(layer, names)]
+    return None not in found and found[0].places == found[1].places
+
+
+def expected(layer, names=NAMES):
+    """What a layer gives that has never had a bank."""
+    return run(copy.deepcopy(layer), names)
+
+
+@torch.no_grad()
+def test_the_first_mixed_batch_moves_them():
+    layer = make()
+    before, values = factors_of(layer), copy.deepcopy(factors_of(layer))
+    assert not is_together(layer)
+    run(layer)
+    assert is_together(layer)
+    for own, kept, value in zip(factors_of(layer), before, values, strict=True):
+        assert own is kept  # the very Parameters
+        assert own.requires_grad == value.requires_grad
+        assert torch.equal(own, value)
+
+
+@torch.no_grad()
+def test_one_adapter_stays_where_it_is():
+    layer = make()
+    address = layer.lora_A["a"].weight.data_ptr()
+    run(layer, ["a"])
+    layer(torch.randn(3, K))
+    assert layer.lora_A["a"].weight.data_ptr() == address
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_training_goes_on_with_them(inference):
+    """Moved between two steps: the optimizer's Parameters are the layer's, and what it writes is what is read."""
+    found = []
+    for moves in (False, True):
+        layer = make()
+        layer.requires_grad_(True).base_layer.requires_grad_(False)
+        optimizer = torch.optim.AdamW(factors_of(layer), lr=0.1)
+        for _ in range(3):
+            for name in NAMES:
+                layer.set_adapter([name])
+                layer.set_requires_grad(NAMES)
+                layer(torch.ones(2, K)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if moves:
+                with torch.inference_mode() if inference else torch.no_grad():
+                    run(layer)
+                assert is_together(layer)
+        found.append([factor.detach().clone() for factor in factors_of(layer)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def test_what_is_written_later_is_read():
+    layer = make()
+    run(layer)
+    for write in (
+        lambda p: p.copy_(torch.randn(p.shape)),
+        lambda p: p.data.copy_(torch.randn(p.shape)),
+        lambda p: setattr(p, "data", torch.randn(p.shape)),
+    ):
+        write(layer.lora_A["b"].weight)
+        write(layer.lora_B["c"].weight)
+        torch.testing.assert_close(run(layer), expected(layer))
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        lambda layer: layer.state_dict(),
+        lambda layer: [p.data for p in layer.parameters()],
+        lambda layer: [p.detach().numpy() for p in layer.parameters()],
+        lambda layer: [p.view(-1) for p in layer.parameters()],
+        lambda layer: [p.untyped_storage() for p in layer.parameters()],
+    ],
+    ids=["state-dict", "data", "numpy", "view", "storage"],
+)
+@torch.no_grad()
+def test_what_somebody_has_a_view_of_is_not_moved(holder):
+    layer = make()
+    wanted = expected(layer)
+    addresses = [p.data_ptr() for p in layer.parameters()]
+    held = holder(layer)
+    torch.testing.assert_close(run(layer), wanted)
+    assert [p.data_ptr() for p in layer.parameters()] == addresses
+    del held
+
+
+@torch.no_grad()
+def test_weights_of_a_deleted_adapter_are_their_holders():
+    """Its place in memory is not given to another one while anybody has it."""
+    layer = make()
+    run(layer)
+    kept = layer.lora_A["b"].weight
+    value = kept.clone()
+    layer.delete_adapter("b")
+    add(layer, "e")
+    names = ["a", "c", "d", "e"]
+    torch.testing.assert_close(run(layer, names), expected(layer, names))
+    assert torch.equal(kept, value)
+
+
+@torch.no_grad()
+def test_a_place_that_is_free_is_taken_again():
+    layer = make()
+    run(layer)
+    free = layer.lora_A["b"].weight.data_ptr()
+    layer.delete_adapter("b")
+    add(layer, "e")
+    names = ["a", "c", "d", "e"]
+    run(layer, names)
+    assert layer.lora_A["e"].weight.data_ptr() == free
+    assert is_together(layer, names)
+    torch.testing.assert_close(run(layer, names), expected(layer, names))
+
+
+@torch.no_grad()
+def test_it_grows_and_shrinks_with_the_adapters():
+    layer = make()
+    names = list(NAMES)
+    for number in range(20):
+        names.append(f"more_{number}")
+        add(layer, names[-1])
+        torch.testing.assert_close(run(layer, names), expected(layer, names))
+        assert is_together(layer, names)
+        assert layer.lora_A["a"].weight.untyped_storage().nbytes() <= 1.25 * len(names) * 4 * K * 4
+    for name in names[4:]:
+        layer.delete_adapter(name)
+    add(layer, "last")
+    rest = [*NAMES, "last"]
+    run(layer, rest)
+    assert layer.lora_A["a"].weight.untyped_storage().nbytes() == len(rest) * 4 * K * 4
+
+
+@torch.no_grad()
+def test_each_rank_and_dtype_has_memory_of_its_own():
+    layer = make()
+    for name in ("e", "f"):
+        add(layer, name, r=7)
+    for name in ("g", "h"):
+        add(layer, name)
+        layer.lora_A[name].to(torch.float64)
+        layer.lora_B[name].to(torch.float64)
+    names = [*NAMES, "e", "f"]
+    torch.testing.assert_close(run(layer, names), expected(layer, names))
+    assert is_together(layer)
+    assert is_together(layer, ["e", "f"])
+    run(layer, [*names, "g", "h"])  # the layer adds those of another dtype by themselves
+    assert is_together(layer)
+
+
+@torch.no_grad()
+def test_a_layer_that_was_cast_is_brought_together_again():
+    layer = make()
+    run(layer)
+    layer.to(torch.float64)
+    assert not is_together(layer)
+    x = torch.randn(4, K, dtype=torch.float64)
+    layer(x, adapter_names=Routing.by_row(NAMES))
+    assert is_together(layer)
+
+
+@torch.no_grad()
+def test_copies_have_weights_of_their_own():
+    layer = make()
+    run(layer)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(run(other), run(layer))
+        other.lora_A["a"].weight.zero_()
+        other.lora_B["b"].weight.zero_()
+        run(other)
+        torch.testing.assert_close(run(layer), expected(layer))
+        assert layer.lora_A["a"].weight.any()
+
+
+@torch.no_grad()
+def test_safetensors_takes_them(tmp_path):
+    layer = make()
+    run(layer)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    for key, value in load_file(tmp_path / "layer.safetensors").items():
+        assert torch.equal(value, layer.state_dict()[key])
+
+
+@torch.no_grad()
+def test_shared_weights_stay_shared():
+    """Two layers with one Parameter: whoever moves it, both read it."""
+    one, other = make(), make()
+    for name in NAMES:
+        other.lora_A[name].weight = one.lora_A[name].weight
+    run(one)
+    run(other)
+    one.lora_A["a"].weight.copy_(torch.randn(4, K))
+    torch.testing.assert_close(run(other), expected(other))
+    torch.testing.assert_close(run(one), expected(one))
