@@ -6,14 +6,18 @@ slot takes some thirty operators a slot. `reference_routed` has the specificatio
 x is (n L, K): slot i of n has rows i L to (i + 1) L.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastpeft_kernels.masks import apply_mask
+from fastpeft_kernels.routes import ranks_of
 from fastpeft_kernels.side_by_side import side_by_side
 
+FEW_OF_A_RANK = 2  # slots of one rank on the average: fewer are padded to the largest
 MOST_ELEMENTS = 1 << 21  # of x or out: they are held in fp32 as a whole, 8 MB
 MOST_PADDING = 2.0  # times the ranks' sum
 
@@ -26,51 +30,71 @@ def is_worth_it(rows: int, columns: int, ranks: Sequence[int]) -> bool:
 
 def shrink(x: Tensor, factors: Sequence[Tensor], scales: Sequence[float], mask: Tensor | None) -> Tensor:
     """S = scale · drop(x) Aᵀ: (n L, R) in the factors' dtype, zeros past a slot's rank; factors (r_i, K)."""
-    A = _stacked(factors, 0)
-    S = torch.bmm(_by_slot(_dropped(x, mask), A), A.mT)
-    return S.mul_(_column(scales, S)).flatten(0, 1)
+    runs, R = _runs(factors, 0), max(ranks_of(factors, 0))
+    x = _dropped(x, mask)
+    S = x.new_zeros((len(x), R), dtype=factors[0].dtype)
+    for lines, A in _with_lines(runs, x, factors):
+        S[lines, : A.shape[1]] = torch.bmm(_by_slot(x[lines], A), A.mT).flatten(0, 1)
+    return S.mul_(_of_lines(scales, S))
 
 
 def shrink_backward(
     dS: Tensor, x: Tensor, factors: Sequence[Tensor], scales: Sequence[float], mask: Tensor | None, need_dx: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """(dx, [dA_i]); dx is empty where it is not needed."""
-    A = _stacked(factors, 0)
-    scaled = _by_slot(dS, A) * _column(scales, A)
-    dA = torch.bmm(scaled.mT, _by_slot(_dropped(x, mask), A))
-    dx = x.new_empty(0)
-    if need_dx:
-        dx = torch.bmm(scaled, A).flatten(0, 1).to(x.dtype)
-        dx = dx if mask is None else apply_mask(dx, mask, out=dx)
-    return dx, [part[: len(factor)] for part, factor in zip(dA.unbind(), factors, strict=True)]
+    scaled = dS.to(factors[0].dtype) * _of_lines(scales, dS)
+    dropped = _dropped(x, mask)
+    wide = scaled.new_empty(x.shape if need_dx else 0)
+    dAs: list[Tensor] = []
+    for lines, A in _with_lines(_runs(factors, 0), x, factors):
+        part = _by_slot(scaled[lines, : A.shape[1]], A)
+        dAs += torch.bmm(part.mT, _by_slot(dropped[lines], A)).unbind()
+        if need_dx:
+            torch.bmm(part, A, out=_by_slot(wide[lines], A))
+    dx = wide.to(x.dtype)
+    if need_dx and mask is not None:
+        dx = apply_mask(dx, mask, out=dx)
+    return dx, [dA[: len(factor)] for dA, factor in zip(dAs, factors, strict=True)]
 
 
 def expand_(out: Tensor, S: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """out += S Bᵀ in place, rounded once: out (n L, N) contiguous, S (n L, R), factors (N, r_i)."""
-    B = _stacked(factors, 1)
-    total = _by_slot(out, B)  # out itself where it has the factors' dtype
-    total.baddbmm_(_by_slot(S, B), B.mT)
-    return out if total.dtype == out.dtype else out.copy_(total.flatten(0, 1))
+    total = out.to(factors[0].dtype)
+    for lines, B in _with_lines(_runs(factors, 1), out, factors):
+        _by_slot(total[lines], B).baddbmm_(_by_slot(S[lines, : B.shape[2]], B), B.mT)
+    return out if total is out else out.copy_(total)
 
 
 def expand_backward(dout: Tensor, S: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """(dS, [dB_i])."""
-    B = _stacked(factors, 1)
-    wide = _by_slot(dout, B)
-    dB = torch.bmm(wide.mT, _by_slot(S, B))
-    parts = zip(dB.unbind(), factors, strict=True)
-    return torch.bmm(wide, B).flatten(0, 1), [part[:, : factor.shape[1]].contiguous() for part, factor in parts]
+    wide = dout.to(factors[0].dtype)
+    dS = S.new_zeros((len(S), max(ranks_of(factors, 1))))
+    dBs: list[Tensor] = []
+    for lines, B in _with_lines(_runs(factors, 1), dout, factors):
+        part = _by_slot(wide[lines], B)
+        dS[lines, : B.shape[2]] = torch.bmm(part, B).flatten(0, 1)
+        dBs += torch.bmm(part.mT, _by_slot(S[lines, : B.shape[2]], B)).unbind()
+    return dS, [dB[:, : factor.shape[1]].contiguous() for dB, factor in zip(dBs, factors, strict=True)]
 
 
-def _stacked(factors: Sequence[Tensor], rank_dim: int) -> Tensor:
-    """Factors side by side along their ranks, each padded with zeros to the largest: A (n, R, K), B (n, N, R).
+def _runs(factors: Sequence[Tensor], rank_dim: int) -> list[tuple[int, Tensor]]:
+    """(number of slots, their factors as one tensor), one after the other: A (n, R, K), B (n, N, R).
 
-    Those that lie side by side in memory are not copied.
+    Slots of one rank whose factors lie side by side in memory, or else copies of all, padded to the largest rank.
     """
-    together = side_by_side(factors)
-    if together is not None and together.places == tuple(range(len(factors))):
-        return together.stack
-    ranks = [factor.shape[rank_dim] for factor in factors]
+    ranks = ranks_of(factors, rank_dim)
+    changes = [i for i in range(1, len(ranks)) if ranks[i] != ranks[i - 1]]
+    runs = []
+    if len(changes) < len(ranks) // FEW_OF_A_RANK:
+        for begin, end in pairwise([0, *changes, len(ranks)]):
+            together = side_by_side(factors[begin:end])
+            if together is None or together.places != tuple(range(end - begin)):
+                break
+            runs.append((end - begin, together.stack))
+    return runs if len(runs) == len(changes) + 1 else [(len(ranks), _padded(factors, ranks, rank_dim))]
+
+
+def _padded(factors: Sequence[Tensor], ranks: Sequence[int], rank_dim: int) -> Tensor:
     n, R, width = len(factors), max(ranks), factors[0].shape[1 - rank_dim]
     parts = factors
     if min(ranks) < R:  # one concatenation with the padding in it: pad_sequence takes eight times as long
@@ -81,8 +105,18 @@ def _stacked(factors: Sequence[Tensor], rank_dim: int) -> Tensor:
     return joined.view(n, R, width) if rank_dim == 0 else joined.view(width, n, R).transpose(0, 1)
 
 
+def _with_lines(
+    runs: Sequence[tuple[int, Tensor]], rows: Tensor, factors: Sequence[Tensor]
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each run, and its factors."""
+    each, begin = len(rows) // len(factors), 0
+    for slots, stack in runs:
+        yield slice(begin, begin + slots * each), stack
+        begin += slots * each
+
+
 def _by_slot(rows: Tensor, stacked: Tensor) -> Tensor:
-    """(n L, columns) -> (n, L, columns) in the factors' dtype."""
+    """(n L, columns) -> (n, L, columns) in the factors' dtype; a view of rows that are contiguous and of that dtype."""
     return rows.to(stacked.dtype).contiguous().view(len(stacked), -1, rows.shape[1])
 
 
@@ -90,5 +124,13 @@ def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else apply_mask(x, mask)
 
 
-def _column(scales: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(scales, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _of_lines(scales: Sequence[float], lines: Tensor) -> Tensor:
+    """The scale of each line: (n L, 1)."""
+    each = len(lines) // len(scales)
+    return _kept_scales(tuple(scales), each, lines.dtype, lines.device)
+
+
+@functools.lru_cache(64)  # every layer of a model asks for the same
+def _kept_scales(scales: tuple[float, ...], each: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(scales, dtype=dtype, device=device).repeat_interleave(each).unsqueeze(1)

@@ -57,5 +57,18 @@ def factors(
     return [(t.t().contiguous() if transposed else t).requires_grad_() for t in made]
 
 
+def laid_side_by_side(tensors: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
+    """The same tensors as parts of one memory, whose other places hold NaN."""
+    alike: dict[torch.Size, list[int]] = {}
+    for slot, t in enumerate(tensors):
+        alike.setdefault(t.shape, []).append(slot)
+    moved = list(tensors)
+    for shape, slots in alike.items():
+        stack = torch.full((max(places[slot] for slot in slots) + 1, *shape), float("nan"), dtype=tensors[0].dtype)
+        for slot in slots:
+            moved[slot] = stack[places[slot]].copy_(tensors[slot].detach())
+    return moved
+
+
 def grads(tensors: Sequence[Any]) -> list[Tensor]:
     return [t.grad for t in tensors if isinstance(t, Tensor) and t.requires_grad]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastpeft_kernels import backend, expand_routed, lora_routed, shrink_routed, tiles
 from fastpeft_kernels.masks import apply_mask, draw_mask
-from fastpeft_kernels.routed import (
+from fastpeft_kernels.routed_ops import (
     _expand_routed,
     _expand_routed_backward,
     _lora_routed,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lora_operands import DTYPES
-from routed_operands import one_each, routing
+from routed_operands import laid_side_by_side, one_each, routing
 from test_routed import SCALES, check, make
 
 from fastpeft_kernels import backend, lora_routed, reference_routed, routed_even, shrink_routed
@@ -57,6 +57,21 @@ def test_other_batches_go_slot_by_slot(ranks, slots, device, taken):
     dtypes = (torch.bfloat16, torch.float32)
     check("torch", *make((len(slots), 33, 40), ranks, dtypes, device), one_each(slots), device)
     assert not taken
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4, 4), (4, 4, 9, 9)], ids=str)
+@pytest.mark.parametrize("places", [(0, 1, 2, 3), (1, 0, 3, 2)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_factors_side_by_side_are_not_copied(ranks, places, dtypes, device, taken, monkeypatch):
+    """Where they lie in order, each rank by itself; in another order they are copied."""
+    (base, x, As, Bs), dout = make((24, 33, 40), ranks, dtypes, device)
+    As, Bs = ([t.requires_grad_() for t in laid_side_by_side(factors, places)] for factors in (As, Bs))
+    copied = []
+    padded = routed_even._padded
+    monkeypatch.setattr(routed_even, "_padded", lambda *args: copied.append(args) or padded(*args))
+    check("torch", (base, x, As, Bs), dout, one_each([m // 6 for m in range(24)]), device)
+    assert set(taken) == ALL
+    assert bool(copied) == (places != (0, 1, 2, 3))
 
 
 def test_large_batches_go_slot_by_slot(device, taken, monkeypatch):

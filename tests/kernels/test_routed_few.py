@@ -4,7 +4,7 @@ import pytest
 import torch
 from lora_operands import DTYPES
 from numerics import assert_as_close_as_torch
-from routed_operands import by_row_add, factors, one_each, routing
+from routed_operands import by_row_add, factors, laid_side_by_side, one_each, routing
 
 from fastpeft_kernels import backend, lora_routed, routed_few
 
@@ -25,19 +25,6 @@ def ways(monkeypatch):
 
         monkeypatch.setattr(routed_few, name, spy)
     return seen
-
-
-def laid_side_by_side(tensors, places):
-    """The same tensors as parts of one memory, whose other places hold NaN."""
-    alike = {}
-    for slot, t in enumerate(tensors):
-        alike.setdefault(t.shape, []).append(slot)
-    moved = list(tensors)
-    for shape, slots in alike.items():
-        stack = torch.full((max(places[slot] for slot in slots) + 1, *shape), float("nan"), dtype=tensors[0].dtype)
-        for slot in slots:
-            moved[slot] = stack[places[slot]].copy_(tensors[slot])
-    return moved
 
 
 TOGETHER = {  # ranks, places in memory, slot of each row, how they are computed
