@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastpeft_kernels import low_rank, routed_even
 from fastpeft_kernels.reference import add_dx_
-from fastpeft_kernels.routed_few import FEW_ROWS, lora_of_few_
+from fastpeft_kernels.routed_few import has_few, lora_of_few_
 from fastpeft_kernels.routed_passes import Pass, passes_of
 
 
@@ -169,8 +169,10 @@ def lora_(
 ) -> Tensor:
     """`expand_` of `shrink`, for inference."""
     in_factors_dtype = torch.promote_types(out.dtype, As[0].dtype) == As[0].dtype
-    if mask is None and weights is None and len(rows) == 1 and len(x) <= FEW_ROWS and in_factors_dtype:
-        return lora_of_few_(out, x, As, Bs, scales, passes_of(rows, starts)[0])
+    if mask is None and weights is None and len(rows) == 1 and in_factors_dtype:
+        taken = passes_of(rows, starts)[0]
+        if has_few(taken):
+            return lora_of_few_(out, x, As, Bs, scales, taken)
     return expand_(out, shrink(x, As, scales, rows, starts, weights, mask), Bs, rows, starts)
 
 

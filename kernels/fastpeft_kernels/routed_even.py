@@ -32,7 +32,7 @@ def shrink(x: Tensor, factors: Sequence[Tensor], scales: Sequence[float], mask: 
     """S = scale · drop(x) Aᵀ: (n L, R) in the factors' dtype, zeros past a slot's rank; factors (r_i, K)."""
     runs, R = _runs(factors, 0), max(ranks_of(factors, 0))
     x = _dropped(x, mask)
-    S = x.new_zeros((len(x), R), dtype=factors[0].dtype)
+    S = x.new_zeros((x.shape[0], R), dtype=factors[0].dtype)
     for lines, A in _with_lines(runs, x, factors):
         S[lines, : A.shape[1]] = torch.bmm(_by_slot(x[lines], A), A.mT).flatten(0, 1)
     return S.mul_(_of_lines(scales, S))
@@ -54,7 +54,7 @@ def shrink_backward(
     dx = wide.to(x.dtype)
     if need_dx and mask is not None:
         dx = apply_mask(dx, mask, out=dx)
-    return dx, [dA[: len(factor)] for dA, factor in zip(dAs, factors, strict=True)]
+    return dx, [dA[: factor.shape[0]] for dA, factor in zip(dAs, factors, strict=True)]
 
 
 def expand_(out: Tensor, S: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -68,7 +68,7 @@ def expand_(out: Tensor, S: Tensor, factors: Sequence[Tensor]) -> Tensor:
 def expand_backward(dout: Tensor, S: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """(dS, [dB_i])."""
     wide = dout.to(factors[0].dtype)
-    dS = S.new_zeros((len(S), max(ranks_of(factors, 1))))
+    dS = S.new_zeros((S.shape[0], max(ranks_of(factors, 1))))
     dBs: list[Tensor] = []
     for lines, B in _with_lines(_runs(factors, 1), dout, factors):
         part = _by_slot(wide[lines], B)
@@ -109,7 +109,7 @@ def _with_lines(
     runs: Sequence[tuple[int, Tensor]], rows: Tensor, factors: Sequence[Tensor]
 ) -> Iterator[tuple[slice, Tensor]]:
     """The rows of each run, and its factors."""
-    each, begin = len(rows) // len(factors), 0
+    each, begin = rows.shape[0] // len(factors), 0
     for slots, stack in runs:
         yield slice(begin, begin + slots * each), stack
         begin += slots * each
@@ -117,7 +117,7 @@ def _with_lines(
 
 def _by_slot(rows: Tensor, stacked: Tensor) -> Tensor:
     """(n L, columns) -> (n, L, columns) in the factors' dtype; a view of rows that are contiguous and of that dtype."""
-    return rows.to(stacked.dtype).contiguous().view(len(stacked), -1, rows.shape[1])
+    return rows.to(stacked.dtype).contiguous().view(stacked.shape[0], -1, rows.shape[1])
 
 
 def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -126,7 +126,7 @@ def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _of_lines(scales: Sequence[float], lines: Tensor) -> Tensor:
     """The scale of each line: (n L, 1)."""
-    each = len(lines) // len(scales)
+    each = lines.shape[0] // len(scales)
     return _kept_scales(tuple(scales), each, lines.dtype, lines.device)
 
 

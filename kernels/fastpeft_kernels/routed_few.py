@@ -14,9 +14,15 @@ from fastpeft_kernels.routed_passes import Layout, Pass
 from fastpeft_kernels.routes import ranks_of
 from fastpeft_kernels.side_by_side import SideBySide, side_by_side
 
-FEW_ROWS = 256
+FEW_ROWS = 256  # of a batch
+FEW_OF_A_SLOT = 32  # rows, on the average
 FEW_OF_A_RANK = 4  # slots of one rank: those of fewer are not taken together
 MOST_PADDING = 2  # times the rows: what batched products may take for slots of unequal rows, and for places of no slot
+
+
+def has_few(taken: Pass) -> bool:
+    """Whether operators are what a batch of these rows takes its time for."""
+    return taken.entries <= max(FEW_ROWS, FEW_OF_A_SLOT * len(taken.segments))
 
 
 def lora_of_few_(
