@@ -29,6 +29,9 @@ VOCAB = 97
 NEW_TOKENS = 6
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
+PROMPT = [5, 6, 7, 8]
+WAIT = 60  # seconds after which a test gives up
+
 # Plain LoRA of several ranks and scalings, rsLoRA, DoRA, other targets, and a head of its own.
 LORA_KINDS: list[dict[str, Any]] = [
     {"r": 4, "target_modules": TARGETS},
@@ -167,6 +170,15 @@ class Alone:
         manager.cancel_request("")  # wakes the loop, which else looks ten times a second whether it is to stop
         manager.join(time.perf_counter())
         return [answers[request_id] for request_id in ids]
+
+
+def check_others_go_on(engine: Engine, answer: list[int], around: Callable[[], None]) -> None:
+    """Requests for "good" before, while and after something fails get their answers."""
+    before = [engine.submit(PROMPT, "good") for _ in range(3)]
+    around()
+    after = engine.submit(PROMPT, "good")
+    assert [handle.result(WAIT) for handle in (*before, after)] == [answer] * 4
+    assert engine.status().waiting == engine.status().running == 0
 
 
 @contextmanager

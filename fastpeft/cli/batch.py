@@ -51,8 +51,7 @@ def generate_batch(settings: BatchSettings) -> None:
     limit = longest_text(where)
     check_lengths(settings.prompts, requests, lengths, limit)
     model = load_adapters(load_base(where, settings.dtype, settings.device), adapters)
-    results.open()
-    with BatchProgress(len(requests), results.done) as progress:
+    with results.open(), BatchProgress(len(requests), results.done) as progress:
         for number, batch in enumerate(cut_batches(requests, lengths, settings.batch_size, limit)):
             if batch.stop <= results.done:
                 continue

@@ -122,6 +122,12 @@ def _request(number: int, line: str, adapters: Sequence[str], sampling: Mapping[
             if not fits(key, found[key]):
                 raise _BadLine(f"{key} must be {text}, got {_short(found[key])}")
             chosen[key] = found[key]
+    try:
+        json.dumps(found.get("id"), allow_nan=False)
+    except ValueError:  # its result could not be told from another: NaN differs from itself
+        raise _BadLine(
+            f'"id" must be JSON, which NaN and Infinity are not, got {_short(found["id"])}; write it in quotes'
+        ) from None
     choice = _choice(found, adapters)
     return Request(number, found["prompt"], choice, chosen, found.get("id"), "id" in found)
 

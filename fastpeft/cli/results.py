@@ -6,12 +6,17 @@ Beside OUTPUT lies OUTPUT.run.json, with what the results depend on; a later run
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastpeft.cli.errors import CommandError, one_line
 from fastpeft.cli.requests import Request
+
+if sys.platform != "win32":
+    import fcntl
 
 
 class Results:
@@ -23,7 +28,8 @@ class Results:
         resume: go on in a file that an earlier run began.
 
     Raises:
-        CommandError: the file is there and is not to be gone on with, or was begun with other prompts or options.
+        CommandError: the file is there and is not to be gone on with, was begun with other prompts or options, or is
+            being written to by another run.
     """
 
     def __init__(self, output: Path | None, record: dict[str, Any], resume: bool, requests: Sequence[Request]) -> None:
@@ -40,7 +46,8 @@ class Results:
         if self._goes_on or self._has_record:
             self._check_record(record)
         if self._goes_on:
-            self._count_whole_lines(requests)
+            with _locked(output):  # said before the model is loaded
+                self._count_whole_lines(requests)
         elif output.exists():
             raise CommandError(f"{output} exists: give another file with --output, or --resume to go on with it")
         elif self._record_file.exists() and not resume:
@@ -49,24 +56,31 @@ class Results:
                 "or move it away"
             )
 
-    def open(self) -> None:
-        """Make the file, or drop what comes after its last whole line, of a run that was killed.
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the file, or drop what comes after its last whole line, of a run that was killed; and lock it meanwhile.
 
         Raises:
             CommandError: another run began to write there since this one looked; nothing of it is touched.
         """
         if self.output is None:
+            yield
             return
-        if self._goes_on:
-            with self._opened() as file:
-                file.truncate(self._size)
-            self._seen = self._size
-            return
-        self.output.parent.mkdir(parents=True, exist_ok=True)
+        if not self._goes_on:
+            self._make_files(self.output)
+        with _locked(self.output):
+            if self._goes_on:
+                with self._opened() as file:
+                    file.truncate(self._size)
+                self._seen = self._size
+            yield
+
+    def _make_files(self, output: Path) -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         if not self._has_record:
             self._make(self._record_file, json.dumps(self.record, indent=1) + "\n")
         try:
-            self._make(self.output, "")
+            self._make(output, "")
         except CommandError:
             if not self._has_record:
                 self._record_file.unlink()
@@ -137,6 +151,29 @@ class Results:
                     f"{self.output}, line {number + 1} is not that prompt's result: give another file with --output"
                 )
         self.done = len(lines)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other runs from writing to the file. The lock is gone with the process, however that ends.
+
+    Windows and some network file systems have no such locks: there a run stops where it finds that the file has grown.
+
+    Raises:
+        CommandError: another run has the lock.
+    """
+    with output.open("r+b") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CommandError(
+                    f"{output} is being written to by another run: wait for its end and go on with --resume, or give "
+                    "another file with --output"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        yield
 
 
 def _check_places(output: Path, record: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft.integrations.continuous_batching import RequestRouter, fatal_error_of
+from fastpeft.routing import shortened
 from fastpeft.serving.admission import Request, Slot, plan
 from fastpeft.serving.errors import (
     AdapterLoadError,
@@ -20,7 +21,6 @@ from fastpeft.serving.errors import (
     RequestCancelledError,
     RequestFailedError,
     ServingError,
-    shown,
 )
 from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import AdapterEntry, AdapterRegistry, AdapterVersion, CpuTier
@@ -103,7 +103,9 @@ class EngineCore:
         for entry, slot in todo.admit:
             starting += self._bind(entry, slot)
         for entry in todo.hopeless:
-            error = ServingError(f"adapter {shown(entry.name)} cannot become resident: all slots are pinned; unpin one")
+            error = ServingError(
+                f"adapter {shortened(entry.name)} cannot become resident: all slots are pinned; unpin one"
+            )
             self._fail_waiting(entry, error)
         loads = []
         for entry, slot in todo.load:
@@ -296,7 +298,7 @@ class EngineCore:
         version.retired = True
         self._cpu.drop(version)
         version.weights = None
-        reason = AdapterLoadError(f"{shown(version.name)} was replaced or removed before it was read")
+        reason = AdapterLoadError(f"{shortened(version.name)} was replaced or removed before it was read")
         self._settler.settle(self._prefetches.pop(version, []), reason)
         for slot in self._slots:
             self._vacate_if_over(slot)
@@ -381,7 +383,7 @@ class EngineCore:
 def _load_error(version: AdapterVersion, error: Exception) -> AdapterLoadError:
     if isinstance(error, AdapterLoadError):
         return error
-    wrapped = AdapterLoadError(f"adapter {shown(version.name)} cannot be served: {error}")
+    wrapped = AdapterLoadError(f"adapter {shortened(version.name)} cannot be served: {error}")
     wrapped.__cause__ = error
     return wrapped
 
@@ -391,4 +393,4 @@ def _failure(request: Request, error: str | None) -> RequestFailedError | None:
     if error is None:
         return None
     name = request.handle.adapter
-    return RequestFailedError(error if name is None else f"adapter {shown(name)}: {error}")
+    return RequestFailedError(error if name is None else f"adapter {shortened(name)}: {error}")

@@ -27,9 +27,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from fastpeft.config import PeftConfig
 from fastpeft.integrations.continuous_batching import config_for_adapters, manager_with_adapters
+from fastpeft.routing import shortened
 from fastpeft.serving.admission import Request, Slot
 from fastpeft.serving.core import EngineCore
-from fastpeft.serving.errors import AdapterLoadError, EngineStoppedError, ServingError, UnknownAdapterError, shown
+from fastpeft.serving.errors import AdapterLoadError, EngineStoppedError, ServingError, UnknownAdapterError
 from fastpeft.serving.handle import RequestHandle, wait_until_done
 from fastpeft.serving.limits import RequestLimits
 from fastpeft.serving.registry import source_of
@@ -241,8 +242,8 @@ class Engine(EngineCore):
         served = self._model_slots.method or next((e.current.method for e in others if e.current.method), None)
         if method is not None and served is not None and method != served:
             raise AdapterLoadError(
-                f"adapter {shown(name)} is of the method {method}, and this engine serves {served}: all adapters of a "
-                "model have one method. Serve it with an engine and a model of its own"
+                f"adapter {shortened(name)} is of the method {method}, and this engine serves {served}: all adapters "
+                "of a model have one method. Serve it with an engine and a model of its own"
             )
 
     def _checked(
@@ -255,7 +256,7 @@ class Engine(EngineCore):
         """Take an adapter out. Requests that were submitted before still get their answers, new ones are refused."""
         with self._changed:
             entry = self._registry.remove(name)
-            self._unpin(entry, UnknownAdapterError(f"adapter {shown(name)} was removed before it was resident"))
+            self._unpin(entry, UnknownAdapterError(f"adapter {shortened(name)} was removed before it was resident"))
             self._tell()
 
     def pin(self, name: str) -> Future[None]:
@@ -274,8 +275,8 @@ class Engine(EngineCore):
             pinned = [other for other in self._registry.names() if self._registry.get(other).pinned]
             if not entry.pinned and len(pinned) >= len(self._slots):
                 raise ServingError(
-                    f"all {len(self._slots)} slots are pinned, by {', '.join(map(shown, pinned[:8]))}; unpin one, or "
-                    "make the engine with more slots"
+                    f"all {len(self._slots)} slots are pinned, by {', '.join(map(shortened, pinned[:8]))}; unpin one, "
+                    "or make the engine with more slots"
                 )
             entry.pinned = True
             future: Future[None] = Future()
@@ -288,7 +289,7 @@ class Engine(EngineCore):
         """Let a pinned adapter leave again when its slot is needed."""
         with self._changed:
             entry = self._registry.get(name)
-            self._unpin(entry, ServingError(f"adapter {shown(name)} was unpinned before it was resident"))
+            self._unpin(entry, ServingError(f"adapter {shortened(name)} was unpinned before it was resident"))
             self._tell()
 
     def prefetch(self, name: str) -> Future[None]:

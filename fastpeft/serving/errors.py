@@ -7,8 +7,6 @@ from fastpeft.utils.error import PeftError
 
 Error = TypeVar("Error", bound=BaseException)
 
-SHOWN_NAME = 60  # characters of a name that a message repeats
-
 
 class ServingError(PeftError, RuntimeError):
     """Base class of what requests and engines raise."""
@@ -36,12 +34,6 @@ class RequestCancelledError(ServingError):
 
 class EngineStoppedError(ServingError):
     """The engine was stopped, or its generation loop has died."""
-
-
-def shown(name: object) -> str:
-    """A name as a message shows it: a long one is cut."""
-    text = repr(name)
-    return text if len(text) <= SHOWN_NAME + 2 else f"{text[:SHOWN_NAME]}...' ({len(str(name))} characters)"
 
 
 def fresh(error: Error) -> Error:

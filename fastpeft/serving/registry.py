@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastpeft.checkpoint import AdapterFileError
 from fastpeft.config import PeftConfig
-from fastpeft.serving.errors import AdapterTooLargeError, ServingError, UnknownAdapterError, shown
+from fastpeft.routing import shortened
+from fastpeft.serving.errors import AdapterTooLargeError, ServingError, UnknownAdapterError
 from fastpeft.serving.weights import AdapterWeights, FileIdentity, file_identity, read_adapter
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class AdapterVersion:
         weights = read_adapter(self.folder, limit)
         if self.file is not None and weights.file != self.file:
             raise AdapterFileError(
-                f"{self.folder} was changed since version {self.number} of {shown(self.name)} was first read from it; "
-                "call replace_adapter to serve what is there now"
+                f"{self.folder} was changed since version {self.number} of {shortened(self.name)} was first read from "
+                "it; call replace_adapter to serve what is there now"
             )
         self.file = weights.file
         return weights
@@ -124,7 +125,7 @@ class AdapterRegistry:
             known = list(itertools.islice(self._entries, _SHOWN_NAMES))
             more = f" and {len(self._entries) - len(known)} more" if len(self._entries) > len(known) else ""
             raise UnknownAdapterError(
-                f"no adapter {shown(name)}; registered are {', '.join(map(shown, known)) or 'none'}{more}. "
+                f"no adapter {shortened(name)}; registered are {', '.join(map(shortened, known)) or 'none'}{more}. "
                 "Register it with add_adapter"
             )
         return entry
@@ -133,7 +134,7 @@ class AdapterRegistry:
         """Register an adapter under a new name."""
         _check_name(name)
         if name in self._entries:
-            raise ServingError(f"there is an adapter {shown(name)} already; call replace_adapter for new weights")
+            raise ServingError(f"there is an adapter {shortened(name)} already; call replace_adapter for new weights")
         entry = self._entries[name] = AdapterEntry(name, self._version(name, source, method))
         return entry
 
@@ -221,8 +222,8 @@ class CpuTier:
         if self.limit is not None and nbytes + fixed > self.limit:
             beside = f", of which adapters given in memory occupy {fixed}" if fixed else ""
             raise AdapterTooLargeError(
-                f"adapter {shown(name)} has {nbytes} bytes, and the CPU tier may hold {self.limit}{beside}; give the "
-                "engine a larger cpu_bytes"
+                f"adapter {shortened(name)} has {nbytes} bytes, and the CPU tier may hold {self.limit}{beside}; give "
+                "the engine a larger cpu_bytes"
             )
 
     def make_room(self, nbytes: int, keep: Collection[AdapterVersion] = ()) -> bool:
@@ -256,5 +257,5 @@ class CpuTier:
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name or len(name) > MAX_NAME:
         raise UnknownAdapterError(
-            f"an adapter's name is a string of 1 to {MAX_NAME} characters, got {shown(name)}; choose a shorter one"
+            f"an adapter's name is text of 1 to {MAX_NAME} characters, got {shortened(name)}; choose a shorter one"
         )

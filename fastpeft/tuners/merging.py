@@ -1,13 +1,12 @@
 """Merging the adapters of a model into its base weights, and taking the adapter layers off again."""
 
-import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
 from fastpeft.tuners.shared_inputs import dissolve_groups
+from fastpeft.tuners.tied import untie_if_diverged
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
 from fastpeft.utils.integrations import onload_layer
@@ -68,20 +67,4 @@ def unload(model: nn.Module, merge: bool, progressbar: bool, safe_merge: bool, a
     if hasattr(model, "peft_config"):
         del model.peft_config
     if merge:
-        _untie_if_diverged(model)
-
-
-def _untie_if_diverged(model: Any) -> None:
-    """Make the model's config say so when its embeddings, tied before, are two different weights after a merge."""
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    try:
-        weights = [embedding.weight for embedding in (model.get_input_embeddings(), model.get_output_embeddings())]
-    except (AttributeError, NotImplementedError):
-        return  # a model without a language head
-    if weights[0].data_ptr() != weights[1].data_ptr():
-        config.tie_word_embeddings = False
-        warnings.warn(
-            "input and output embeddings differ after the merge: config.tie_word_embeddings is False now", stacklevel=5
-        )
+        untie_if_diverged(model)

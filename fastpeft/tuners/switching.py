@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.tuners.biases import unfreeze_biases
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, next_active_adapters
 from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
 from fastpeft.utils.constants import UPCAST_DTYPES
@@ -115,24 +116,14 @@ def freeze_base_model(
     """Freeze what belongs to no adapter, but for the biases that adapters train.
 
     Args:
-        biases: the `bias` of each active adapter's config: "none", "all" for every bias of the model, or
-            "<method>_only" for those of the adapted layers.
+        biases: the `bias` of each active adapter's config.
     """
     kept = {id(parameter) for parameter in _adapter_parameters(model)}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad = False
     for bias in biases:
-        if bias == "all":
-            for name, parameter in model.named_parameters():
-                if f".{name}".endswith(".bias"):
-                    parameter.requires_grad = True
-        elif bias.endswith("_only"):
-            for layer in _tuner_layers(model, layer_cls):
-                if getattr(layer, "bias", None) is not None:
-                    layer.bias.requires_grad = True  # type: ignore[union-attr]
-        elif bias != "none":
-            raise NotImplementedError(f'bias must be "none", "all" or "<method>_only" ("lora_only"), got {bias!r}')
+        unfreeze_biases(model, bias, _tuner_layers(model, layer_cls))
 
 
 def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

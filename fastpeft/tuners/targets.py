@@ -93,6 +93,29 @@ def check_target_module_exists(config: Any, key: str) -> bool:
     return is_target(config, key)
 
 
+def choose_targets(config: Any, model: nn.Module, prefix: str, state_dict: Mapping[str, Tensor] | None) -> list[str]:
+    """The modules that an adapter goes on, by its config or, where there is one, by its checkpoint.
+
+    Args:
+        config: its target_modules become the names that stand for them, in place.
+        prefix: what the method's weights are called in a checkpoint, "lora_".
+
+    Raises:
+        NoMatchingPeftModuleError (a ValueError): there are none.
+    """
+    expand_all_linear(config, model)
+    condense_target_modules(config, model)
+    found = find_targets(config, model)
+    names = None
+    if state_dict is not None:
+        names = names_in_state_dict(state_dict, prefix, model)
+        by_config, found = found, find_targets(config, model, names)
+        if found.matched:
+            _warn_of_difference(config, found, by_config)
+    _check_found(config, model, found, names)
+    return found.matched
+
+
 def find_targets(config: Any, model: nn.Module, names: set[str] | None = None) -> Targets:
     """The modules of a model that the config, or a set of exact paths, selects.
 
@@ -230,7 +253,7 @@ def check_mamba_targets(config: Any, model: nn.Module, target_name: str) -> None
         )
 
 
-def check_found(config: Any, model: nn.Module, targets: Targets, names: set[str] | None) -> None:
+def _check_found(config: Any, model: nn.Module, targets: Targets, names: set[str] | None) -> None:
     """Raises NoMatchingPeftModuleError when nothing is selected; warns of parts of the config that select nothing."""
     if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
         return
@@ -238,18 +261,18 @@ def check_found(config: Any, model: nn.Module, targets: Targets, names: set[str]
         raise NoMatchingPeftModuleError(_nothing_found(config, model, targets, names))
     if getattr(config, "exclude_modules", None) and not targets.excluded and names is None:
         warnings.warn(
-            f"exclude_modules={config.exclude_modules} excludes no module of {type(model).__name__}", stacklevel=4
+            f"exclude_modules={config.exclude_modules} excludes no module of {type(model).__name__}", stacklevel=5
         )
     if not isinstance(wanted := getattr(config, "target_modules", None), str | None) and names is None:
         ends = {end for key in (*targets.matched, *targets.excluded) for end in suffixes(key)}
         if unused := sorted(set(wanted) - ends):
-            warnings.warn(f"target_modules {unused} match no layer of {type(model).__name__}", stacklevel=4)
+            warnings.warn(f"target_modules {unused} match no layer of {type(model).__name__}", stacklevel=5)
     for attribute in ("rank_pattern", "alpha_pattern"):
         if unused := unmatched_patterns(getattr(config, attribute, None) or (), targets.matched):
-            warnings.warn(f"{attribute} {unused} match no targeted module", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{attribute} {unused} match no targeted module", RuntimeWarning, stacklevel=5)
 
 
-def warn_of_difference(config: Any, targets: Targets, by_config: Targets) -> None:
+def _warn_of_difference(config: Any, targets: Targets, by_config: Targets) -> None:
     """Warn where a checkpoint and its config select different modules; the checkpoint is followed."""
     only_config = sorted(set(by_config.matched) - set(targets.matched))
     only_checkpoint = sorted(set(targets.matched) - set(by_config.matched))
@@ -265,7 +288,7 @@ def warn_of_difference(config: Any, targets: Targets, by_config: Targets) -> Non
         if names
     ]
     if parts:
-        warnings.warn(f"adapters go where the checkpoint has weights: {'; '.join(parts)}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"adapters go where the checkpoint has weights: {'; '.join(parts)}", RuntimeWarning, stacklevel=5)
 
 
 def _nothing_found(config: Any, model: nn.Module, targets: Targets, names: set[str] | None) -> str:

@@ -3,16 +3,18 @@
 import dataclasses
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastpeft.not_yet import METHODS_NOT_YET
-from fastpeft.routing import as_routing, check_names
-from fastpeft.routing_scope import carry_through_checkpoints, entered, is_routed
-from fastpeft.tuners import merging, targets
+from fastpeft.tuners import merging, targets, tied
+from fastpeft.tuners.biases import bias_of, check_biases, warn_of_biases
+from fastpeft.tuners.injection import check_adapter_name, put_on_modules
+from fastpeft.tuners.mixed_batch import following
 from fastpeft.tuners.switching import (
     cast_adapter_dtype,
     check_not_merged,
@@ -26,8 +28,8 @@ from fastpeft.tuners.targets import check_target_module_exists
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
 from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
 from fastpeft.utils.constants import DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
-from fastpeft.utils.integrations import init_empty_weights, onload_layer
-from fastpeft.utils.modules import get_submodules, module_names_tied_with_embedding
+from fastpeft.utils.integrations import onload_layer
+from fastpeft.utils.modules import get_submodules
 from fastpeft.utils.trainable import find_trainable_modules, set_additional_trainable_modules
 
 __all__ = [
@@ -179,7 +181,8 @@ class BaseTuner(nn.Module, ABC):
 
         is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         with nullcontext() if is_first else keep_trainability(model):
-            self._create_layers(config, model, adapter_name, keys, low_cpu_mem_usage)
+            put = partial(self._create_and_replace, config, adapter_name)
+            put_on_modules(model, keys, adapter_name, put, self.tuner_layer_cls, low_cpu_mem_usage)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             self._mark_only_adapters_as_trainable(model)
             is_active = adapter_name in self.active_adapters
@@ -188,73 +191,34 @@ class BaseTuner(nn.Module, ABC):
         known = set(self.targeted_module_names)
         self.targeted_module_names += [key for key in keys if key not in known]
 
-    def _create_layers(
-        self, config: Any, model: nn.Module, adapter_name: str, keys: list[str], low_cpu_mem_usage: bool
-    ) -> None:
-        """Put the adapter on all the modules, or, should that fail halfway (out of memory), on none."""
-        self._discard_existing(model, adapter_name)
-        try:
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                for key in keys:
-                    parent, target, name = get_submodules(model, key)
-                    self._create_and_replace(config, adapter_name, target, name, parent, current_key=key)
-        except BaseException:
-            self._discard_existing(model, adapter_name)
-            for key in keys:
-                parent, layer, name = get_submodules(model, key)
-                if isinstance(layer, self.tuner_layer_cls) and not layer._get_available_adapters():
-                    setattr(parent, name, layer.base_layer)
-            raise
-
     def _plan(
         self, config: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
     ) -> list[str]:
         """The paths to put the adapter on, everything checked. Nothing in the model changes here."""
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         check_not_merged(model, adapter_name)
         self._check_new_adapter_config(config)
         self._prepare_adapter_config(config, self.get_model_config(model))
         self._prepare_model(config, model)
-        self._warn_of_tied_targets(config, model)
+        tied.warn_of_targets(config, model)
         if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
             return []
-        targets.expand_all_linear(config, model)
-        targets.condense_target_modules(config, model)
-
-        found = targets.find_targets(config, model)
-        names = None
-        if state_dict is not None:
-            names = targets.names_in_state_dict(state_dict, self.prefix, model)
-            by_config, found = found, targets.find_targets(config, model, names)
-            if found.matched:
-                targets.warn_of_difference(config, found, by_config)
-        targets.check_found(config, model, found, names)
-        for key in found.matched:
+        keys = targets.choose_targets(config, model, self.prefix, state_dict)
+        for key in keys:
             _, target, name = get_submodules(model, key)
             self._check_target_module_compatiblity(config, model, name)
             self._check_target(config, target, key)
         if getattr(config, "modules_to_save", None):
             find_trainable_modules(model, config.modules_to_save)
-        return found.matched
-
-    def _discard_existing(self, model: nn.Module, adapter_name: str) -> None:
-        """Take what is left of an earlier adapter of this name off its layers: the new one may target fewer."""
-        for module in model.modules():
-            if isinstance(module, self.tuner_layer_cls) and adapter_name in module._get_available_adapters():
-                module.discard_adapter(adapter_name)
+        return keys
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """Raise if the config conflicts with those of the adapters on the model."""
-        with_bias = [name for name, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
-        if len(with_bias) > 1:
-            raise ValueError(
-                f"only one adapter of a model can train biases, they have no copy each: {with_bias} have bias other "
-                'than "none". Set bias="none" for all but one.'
-            )
+        check_biases(self.peft_config)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base model, but for the biases that the active adapters' configs train."""
-        biases = [getattr(self.peft_config[adapter], "bias", "none") for adapter in self.active_adapters]
+        biases = [bias_of(self.peft_config[adapter]) for adapter in self.active_adapters]
         freeze_base_model(model, biases, self.tuner_layer_cls)
 
     # Switching.
@@ -295,14 +259,7 @@ class BaseTuner(nn.Module, ABC):
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off: the model computes what the base model does, if no bias was trained."""
-        for adapter in self.active_adapters:
-            bias = getattr(self.peft_config[adapter], "bias", "none")
-            if bias != "none":
-                warnings.warn(
-                    f"adapter {adapter!r} trains biases (bias={bias!r}), which are part of the base model and stay as "
-                    "they are: without its adapters the model is not the base model",
-                    stacklevel=2,
-                )
+        warn_of_biases(self.peft_config, self.active_adapters)
         self._enable_adapter_layers(False)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -313,8 +270,7 @@ class BaseTuner(nn.Module, ABC):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """While this context lasts, the layers follow the `adapter_names` of a mixed batch, if any are given.
 
         Args:
@@ -325,19 +281,7 @@ class BaseTuner(nn.Module, ABC):
         Raises:
             TypeError, ValueError: `adapter_names` is nothing of the kind, or has a name that no adapter has.
         """
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
-            if is_routed():  # by a block of the user's
-                carry_through_checkpoints(self.model)
-            yield
-            return
-        routing = as_routing(adapter_names)
-        check_names(routing, self.peft_config)
-        if repeats := _repeats_of_rows(kwargs):
-            routing = routing.expanded(*repeats)
-        carry_through_checkpoints(self.model)
-        with entered(routing, self.model):
-            yield
+        return following(self.model, self.peft_config, kwargs)
 
     def _check_names(self, names: Sequence[str]) -> None:
         unknown = sorted(set(names) - set(self.peft_config))
@@ -389,14 +333,8 @@ class BaseTuner(nn.Module, ABC):
 
     def _check_merge_allowed(self) -> None:
         """Raise or warn where the model as a whole should not be merged."""
-        tied = self._get_tied_target_modules(self.model)
-        if tied:
-            warnings.warn(
-                f"{', '.join(tied)} share their weight with another layer (tie_word_embeddings): merging changes both. "
-                "To merge into one of them only, load the base with tie_word_embeddings=False and give it a copy of "
-                "the weight.",
-                stacklevel=4,
-            )
+        if keys := self._get_tied_target_modules(self.model):
+            tied.warn_of_merge(keys)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._check_merge_allowed()
@@ -435,20 +373,6 @@ class BaseTuner(nn.Module, ABC):
             return []
         return [key for key in self.targeted_module_names if key.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
 
-    def _warn_of_tied_targets(self, config: Any, model: nn.Module) -> None:
-        wanted = getattr(config, "target_modules", None) or ()
-        saved = getattr(config, "modules_to_save", None) or ()
-        ends = {name.rpartition(".")[2] for name in (*saved, *(() if isinstance(wanted, str) else wanted))}
-        if isinstance(wanted, str):
-            ends.update(name for name in EMBEDDING_LAYER_NAMES if targets.matches_name(wanted, name))
-        named = sorted(ends.intersection(EMBEDDING_LAYER_NAMES))
-        if named and module_names_tied_with_embedding(model):
-            warnings.warn(
-                f"{', '.join(named)} share their weight (tie_word_embeddings=True), but the adapter trains each on its "
-                "own. Merging, and saving in formats without shared weights, can then give surprising results.",
-                stacklevel=5,
-            )
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
@@ -462,22 +386,3 @@ class BaseTuner(nn.Module, ABC):
             if name in METHODS_NOT_YET and not hasattr(self.model, name):
                 raise AttributeError(f"{name} is not supported yet; reference PEFT's models have it") from None
             return getattr(self.model, name)
-
-
-def _check_adapter_name(name: str) -> None:
-    """Raises ValueError for a name that cannot be a key of a ModuleDict."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f"{name!r} cannot be the name of an adapter: expected a non-empty string without dots that is not the name "
-            "of a method of torch.nn.ModuleDict"
-        )
-
-
-def _repeats_of_rows(kwargs: dict[str, Any]) -> set[int]:
-    """How often the model may see a row of a batch that it generates for: once a beam, or a returned sequence."""
-    configs = [kwargs.get("generation_config"), kwargs.get("model_config")]
-    repeats = set()
-    for option in ("num_beams", "num_return_sequences"):
-        said = [kwargs.get(option), *(getattr(config, option, None) for config in configs)]
-        repeats.add(next((value for value in said if value is not None), 1))
-    return repeats - {1}

@@ -155,9 +155,10 @@ def _run_linear_backward(
     scaling: float,
     keep_scale: float,
     need_dx: bool,
+    need_factors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with no_autocast(x):  # backward may be called inside a block of autocast
-        inputs = (dout, x, W, A, B, magnitude, S, z, norm, mask, scaling, keep_scale, need_dx)
+        inputs = (dout, x, W, A, B, magnitude, S, z, norm, mask, scaling, keep_scale, need_dx, need_factors)
         if use_triton(x):
             from fastpeft_kernels.gpu import dora as gpu
 
@@ -166,6 +167,7 @@ def _run_linear_backward(
 
 
 _dora_linear = torch.library.custom_op("fastpeft::dora_linear", _run_linear, mutates_args=())
+# `need_factors` is True unless given, see fastpeft_kernels.lora.
 _dora_linear_backward = torch.library.custom_op("fastpeft::dora_linear_backward", _run_linear_backward, mutates_args=())
 
 
@@ -201,9 +203,11 @@ def _(
     scaling: float,
     keep_scale: float,
     need_dx: bool,
+    need_factors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape if need_dx else 0)
-    return dx, A.new_empty(A.shape), B.new_empty(B.shape), magnitude.new_empty(magnitude.shape)
+    dA, dB, dmagnitude = (t.new_empty(t.shape if need_factors else 0) for t in (A, B, magnitude))
+    return dx, dA, dB, dmagnitude
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -214,10 +218,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradients(ctx: Any, dout: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    need_dx = ctx.needs_input_grad[0]
-    dx, dA, dB, dmagnitude = backward(dout, *ctx.saved_tensors, *ctx.scales, need_dx)
-    dbias = dout.sum(0) if ctx.needs_input_grad[2] else None
-    return dx if need_dx else None, None, dbias, dA, dB, dmagnitude, None, None, None
+    need_dx, _, need_dbias, *need_each, _, _, _ = ctx.needs_input_grad
+    dx, grads = None, [None] * 3  # type: Any, list[Any]
+    if need_dx or any(need_each):
+        dx, *found = backward(dout, *ctx.saved_tensors, *ctx.scales, need_dx, any(need_each))
+        grads = [gradient if need else None for gradient, need in zip(found, need_each, strict=True)]
+    dbias = dout.sum(0) if need_dbias else None
+    return dx if need_dx else None, None, dbias, *grads, None, None, None
 
 
 def _traced_backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -161,14 +161,15 @@ def _run_linear_backward(
     mask: Tensor | None,
     scale: float,
     need_dx: bool,
+    need_factors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(x):
         if use_triton(x):
             from fastpeft_kernels.gpu import lora as gpu
 
-            return gpu.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx)
+            return gpu.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx, need_factors)
         check_torch_product()
-        return reference.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx)
+        return reference.lora_linear_backward(dout, x, W, A, B, S, mask, scale, need_dx, need_factors)
 
 
 @torch.library.custom_op("fastpeft::lora_linear", mutates_args=())
@@ -178,6 +179,7 @@ def _lora_linear(
     return _run_linear(x, W, bias, A, B, mask, scale)
 
 
+# `need_factors` is True unless given: the compiler's cache on disk may hold graphs that call the op without it.
 _lora_linear_backward = torch.library.custom_op("fastpeft::lora_linear_backward", _run_linear_backward, mutates_args=())
 
 
@@ -199,8 +201,10 @@ def _(
     mask: Tensor | None,
     scale: float,
     need_dx: bool,
+    need_factors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape if need_dx else 0), A.new_empty(A.shape), B.new_empty(B.shape)
+    shape_A, shape_B = (A.shape, B.shape) if need_factors else (0, 0)
+    return x.new_empty(x.shape if need_dx else 0), A.new_empty(shape_A), B.new_empty(shape_B)
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -210,10 +214,19 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _linear_gradients(ctx: Any, dout: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    x, W, A, B, S, mask = ctx.saved_tensors
-    dx, dA, dB = backward(dout, x, W, A, B, S, mask, ctx.scale, ctx.needs_input_grad[0])
-    dbias = dout.sum(0) if ctx.needs_input_grad[2] else None
-    return dx if ctx.needs_input_grad[0] else None, None, dbias, dA, dB, None, None
+    need_dx, _, need_dbias, need_dA, need_dB, *_ = ctx.needs_input_grad
+    dx, dA, dB = _needed(backward, (dout, *ctx.saved_tensors, ctx.scale), need_dx, need_dA, need_dB)
+    return dx, None, dout.sum(0) if need_dbias else None, dA, dB, None, None
+
+
+def _needed(
+    backward: Any, inputs: tuple[Any, ...], need_dx: bool, need_dA: bool, need_dB: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB), None where not needed. The factors' gradients are computed both or neither."""
+    if not (need_dx or need_dA or need_dB):
+        return None, None, None
+    dx, dA, dB = backward(*inputs, need_dx, need_dA or need_dB)
+    return dx if need_dx else None, dA if need_dA else None, dB if need_dB else None
 
 
 def _traced_linear_backward(ctx: Any, dout: Tensor, _dS: Tensor) -> tuple[Tensor | None, ...]:
@@ -252,14 +265,22 @@ def _run_add(
 
 
 def _run_add_backward(
-    dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
+    dout: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    need_dx: bool,
+    need_factors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(x):
         if use_triton(x, dout):
             from fastpeft_kernels.gpu import lora as gpu
 
-            return gpu.lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
-        return reference.lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
+            return gpu.lora_add_backward(dout, x, A, B, S, mask, scale, need_dx, need_factors)
+        return reference.lora_add_backward(dout, x, A, B, S, mask, scale, need_dx, need_factors)
 
 
 @torch.library.custom_op("fastpeft::lora_add", mutates_args=())
@@ -277,9 +298,18 @@ def _(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scale: 
 
 @_lora_add_backward.register_fake
 def _(
-    dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
+    dout: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    need_dx: bool,
+    need_factors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape if need_dx else 0), A.new_empty(A.shape), B.new_empty(B.shape)
+    shape_A, shape_B = (A.shape, B.shape) if need_factors else (0, 0)
+    return x.new_empty(x.shape if need_dx else 0), A.new_empty(shape_A), B.new_empty(shape_B)
 
 
 def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -289,9 +319,8 @@ def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _add_gradients(ctx: Any, dout: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    x, A, B, S, mask = ctx.saved_tensors
-    dx, dA, dB = backward(dout, x, A, B, S, mask, ctx.scale, ctx.needs_input_grad[1])
-    return dout, dx if ctx.needs_input_grad[1] else None, dA, dB, None, None
+    gradients = _needed(backward, (dout, *ctx.saved_tensors, ctx.scale), *ctx.needs_input_grad[1:4])
+    return dout, *gradients, None, None
 
 
 def _traced_add_backward(ctx: Any, dout: Tensor, _dS: Tensor) -> tuple[Tensor | None, ...]:

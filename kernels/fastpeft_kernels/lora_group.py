@@ -118,14 +118,15 @@ def _run_group_backward(
     masks: Sequence[Tensor | None],
     scales: Sequence[float],
     need_dx: bool,
+    need_factors: bool = True,
 ) -> list[Tensor]:
-    """[dx, dA_1, dA_2, ..., dB_1, dB_2, ...]; S may be a slice of columns."""
+    """[dx, dA_1, dA_2, ..., dB_1, dB_2, ...], [dx] without `need_factors`; S may be a slice of columns."""
     with no_autocast(x):
         if use_triton(x):
             from fastpeft_kernels.gpu import lora_group as gpu
 
-            return gpu.lora_group_backward(douts, x, Ws, As, Bs, S, masks, scales, need_dx)
-        return reference.lora_group_backward(douts, x, Ws, As, Bs, S, masks, scales, need_dx)
+            return gpu.lora_group_backward(douts, x, Ws, As, Bs, S, masks, scales, need_dx, need_factors)
+        return reference.lora_group_backward(douts, x, Ws, As, Bs, S, masks, scales, need_dx, need_factors)
 
 
 # The ops for the compiler. Autograd takes no lists with None in them: an empty tensor stands for what is not there.
@@ -163,8 +164,9 @@ def _lora_group_backward(
     masks: Sequence[Tensor],
     scales: Sequence[float],
     need_dx: bool,
+    need_factors: bool = True,
 ) -> list[Tensor]:
-    return _run_group_backward(douts, x, Ws, As, Bs, S, _optional(masks), scales, need_dx)
+    return _run_group_backward(douts, x, Ws, As, Bs, S, _optional(masks), scales, need_dx, need_factors)
 
 
 @_lora_group.register_fake
@@ -192,9 +194,10 @@ def _(
     masks: Sequence[Tensor],
     scales: Sequence[float],
     need_dx: bool,
+    need_factors: bool = True,
 ) -> list[Tensor]:
     dx = x.new_empty(x.shape if need_dx else 0)
-    return [dx, *(A.new_empty(A.shape) for A in As), *(B.new_empty(B.shape) for B in Bs)]
+    return [dx, *(t.new_empty(t.shape) for t in (*As, *Bs) if need_factors)]
 
 
 def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -204,12 +207,16 @@ def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 
 def _traced_backward(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
-    n, need_dx = len(ctx.scales), ctx.needs_input_grad[0]
+    n = len(ctx.scales)
+    need_dx, _, need_biases, need_As, need_Bs, *_ = ctx.needs_input_grad
+    need_factors = any((*need_As, *need_Bs))
     x, *operands, S = ctx.saved_tensors
     Ws, As, Bs, masks = (operands[i : i + n] for i in range(0, 4 * n, n))
-    dx, *grads = _lora_group_backward(douts[:n], x, Ws, As, Bs, S, masks, ctx.scales, need_dx)
-    dbiases = [dout.sum(0) if wanted else None for dout, wanted in zip(douts, ctx.needs_input_grad[2], strict=False)]
-    none = [None] * n
+    dx, grads, none = None, [None] * 2 * n, [None] * n  # type: Any, list[Any], list[Any]
+    if need_dx or need_factors:
+        dx, *found = _lora_group_backward(douts[:n], x, Ws, As, Bs, S, masks, ctx.scales, need_dx, need_factors)
+        grads = found or grads
+    dbiases = [dout.sum(0) if wanted else None for dout, wanted in zip(douts, need_biases, strict=False)]
     return dx if need_dx else None, none, dbiases, grads[:n], grads[n:], none, None
 
 
@@ -233,6 +240,7 @@ class _LoraGroup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
         n, need_dx = len(ctx.scales), ctx.needs_input_grad[0]
+        need_biases, need_As, need_Bs = (ctx.needs_input_grad[i : i + n] for i in range(2 + n, 2 + 4 * n, n))
         x, *operands, S = ctx.saved_tensors
         used = [i for i, dout in enumerate(douts) if dout is not None]  # the others' gradients stay None
         Ws, As, Bs, masks = ([operands[j + i] for i in used] for j in range(0, 4 * n, n))
@@ -241,11 +249,15 @@ class _LoraGroup(torch.autograd.Function):
             S = torch.cat([part for i, part in enumerate(S.split(ranks, dim=1)) if i in used], dim=1)
         wanted: list[Tensor] = [dout for dout in douts if dout is not None]
         scales = [ctx.scales[i] for i in used]
-        dx, *grads = _run_group_backward(wanted, x, Ws, As, Bs, S, masks, scales, need_dx)
+        need_factors = any(need_As[i] or need_Bs[i] for i in used)
+        dx, grads = None, []  # type: Any, list[Tensor]
+        if need_dx or need_factors:
+            dx, *grads = _run_group_backward(wanted, x, Ws, As, Bs, S, masks, scales, need_dx, need_factors)
         dbiases, dAs, dBs = [None] * n, [None] * n, [None] * n  # type: list[Any], list[Any], list[Any]
         for j, i in enumerate(used):
-            dAs[i], dBs[i] = grads[j], grads[len(used) + j]
-            if ctx.needs_input_grad[2 + n + i]:
+            if need_factors:
+                dAs[i], dBs[i] = grads[j], grads[len(used) + j]
+            if need_biases[i]:
                 dbiases[i] = wanted[j].sum(0)
         none = [None] * n
         return dx if need_dx else None, None, *none, *dbiases, *dAs, *dBs, *none

@@ -57,11 +57,22 @@ def lora_linear_backward(
     mask: Tensor | None,
     scale: float,
     need_dx: bool,
+    need_factors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB); dx is empty, of shape (0,), where it is not needed."""
-    dS, dB = output_pass(dout, B, S, scale)
+    """(dx, dA, dB); what is not needed is empty, of shape (0,)."""
+    dS, dA, dB = _factor_pass(dout, x, B, S, mask, scale, need_factors)
     dx = add_dx_(torch.mm(dout, W), dS, A, mask) if need_dx else x.new_empty(0)
-    return dx, outer(x, dS, mask), dB
+    return dx, dA, dB
+
+
+def _factor_pass(
+    dout: Tensor, x: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_factors: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dS, dA, dB); dA and dB are empty where they are not needed."""
+    if not need_factors:
+        return shrink(dout, B.t(), None, scale), B.new_empty(0), B.new_empty(0)
+    dS, dB = output_pass(dout, B, S, scale)
+    return dS, outer(x, dS, mask), dB
 
 
 def lora_group(
@@ -91,26 +102,29 @@ def lora_group_backward(
     masks: Sequence[Tensor | None],
     scales: Sequence[float],
     need_dx: bool,
+    need_factors: bool,
 ) -> list[Tensor]:
-    """[dx, dA_1, dA_2, ..., dB_1, dB_2, ...]; dx is empty, of shape (0,), where it is not needed."""
-    parts = zip(douts, Bs, _by_rank(S, As), scales, strict=True)
-    dSs, dBs = zip(*(output_pass(dout, B, S_i, scale) for dout, B, S_i, scale in parts), strict=True)
+    """[dx, dA_1, dA_2, ..., dB_1, dB_2, ...], [dx] without `need_factors`; a dx that is not needed is empty: (0,)."""
+    dSs: Sequence[Tensor]
+    dBs: Sequence[Tensor]
+    if need_factors:
+        parts = zip(douts, Bs, _by_rank(S, As), scales, strict=True)
+        dSs, dBs = zip(*(output_pass(dout, B, S_i, scale) for dout, B, S_i, scale in parts), strict=True)
+    else:
+        dSs, dBs = [shrink(dout, B.t(), None, scale) for dout, B, scale in zip(douts, Bs, scales, strict=True)], []
     together = all(mask is None for mask in masks)
     if together:
-        dS = torch.cat(dSs, dim=1)
-        dAs = [dA.clone() for dA in _by_rank(outer(x, dS, None), As, dim=0)]  # an op's outputs share no memory
-    else:
-        dAs = [outer(x, dS_i, mask) for dS_i, mask in zip(dSs, masks, strict=True)]
+        dSs, masks = [torch.cat(list(dSs), dim=1)], [None]
+    dAs = [outer(x, dS, mask) for dS, mask in zip(dSs, masks, strict=True)] if need_factors else []
+    if together and need_factors:
+        dAs = [dA.clone() for dA in _by_rank(dAs[0], As, dim=0)]  # an op's outputs share no memory
     if not need_dx:
         return [x.new_empty(0), *dAs, *dBs]
     dx = torch.mm(douts[0], Ws[0])
     for dout, W in zip(douts[1:], Ws[1:], strict=True):
         dx.addmm_(dout, W)
-    if together:
-        add_dx_(dx, dS, torch.cat(list(As)), None)
-    else:
-        for dS_i, A, mask in zip(dSs, As, masks, strict=True):
-            add_dx_(dx, dS_i, A, mask)
+    for dS, A, mask in zip(dSs, [torch.cat(list(As))] if together else As, masks, strict=True):
+        add_dx_(dx, dS, A, mask)
     return [dx, *dAs, *dBs]
 
 
@@ -136,12 +150,20 @@ def lora_add(out: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, 
 
 
 def lora_add_backward(
-    dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
+    dout: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    need_dx: bool,
+    need_factors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB) of the low-rank part alone; dx is empty, of shape (0,), where it is not needed."""
-    dS, dB = output_pass(dout, B, S, scale)
+    """(dx, dA, dB) of the low-rank part alone; what is not needed is empty, of shape (0,)."""
+    dS, dA, dB = _factor_pass(dout, x, B, S, mask, scale, need_factors)
     dx = add_dx_(torch.zeros(x.shape, dtype=x.dtype, device=x.device), dS, A, mask) if need_dx else x.new_empty(0)
-    return dx, outer(x, dS, mask), dB
+    return dx, dA, dB
 
 
 def add_dx_(dx: Tensor, dS: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:

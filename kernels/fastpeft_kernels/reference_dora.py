@@ -91,17 +91,25 @@ def dora_linear_backward(
     scaling: float,
     keep_scale: float,
     need_dx: bool,
+    need_factors: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dA, dB, dmagnitude); dx is empty, of shape (0,), where it is not needed."""
+    """(dx, dA, dB, dmagnitude); dx is empty, of shape (0,), where it is not needed, and so are all the others."""
     g = magnitude.to(norm.dtype) / norm
     factor = (g * keep_scale).unsqueeze(1)
-    dS, T = output_pass(dout, (B * factor).to(B.dtype), S, scaling)
-    dB, dA = (T * factor).to(B.dtype), outer(x, dS, mask)
+    weighted = (B * factor).to(B.dtype)
     columns = g if mask is None else (g - 1) * keep_scale
     of_W = dout.shape[0] > W.shape[1]  # the smaller of dout and W is scaled
-    scaled, total = _column_pass(dout, z, columns, need_dx and not of_W)
-    total += (T.to(norm.dtype) * B).sum(1)
-    dmagnitude = (total * keep_scale / norm).to(magnitude.dtype)
+    need_scaled = need_dx and not of_W
+    if need_factors:
+        dS, T = output_pass(dout, weighted, S, scaling)
+        dB, dA = (T * factor).to(B.dtype), outer(x, dS, mask)
+        scaled, total = _column_pass(dout, z, columns, need_scaled)
+        total += (T.to(norm.dtype) * B).sum(1)
+        dmagnitude = (total * keep_scale / norm).to(magnitude.dtype)
+    else:
+        dS = shrink(dout, weighted.t(), None, scaling)
+        scaled = _scaled_columns(dout, columns, None) if need_scaled else dout.new_empty(0)
+        dA, dB, dmagnitude = (t.new_empty(0) for t in (A, B, magnitude))
     if not need_dx:
         return x.new_empty(0), dA, dB, dmagnitude
     dx = add_dx_(torch.mm(dout, _scaled_rows(W, columns)) if of_W else torch.mm(scaled, W), dS, A, None)

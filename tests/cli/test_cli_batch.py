@@ -152,6 +152,27 @@ def test_a_run_that_is_really_killed(named, prompts, tmp_path):
     assert [row["prompt"] for row in rows_of(output.read_text())] == [line["prompt"] for line in lines]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_second_run_does_not_write_where_the_first_still_does(cli, named, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    lines = [{**line, "max_new_tokens": 20} for line in LINES * 4]
+    options = ["generate", *named, "--prompts", prompts(lines), "--output", output, *GREEDY]
+    command = [sys.executable, "-m", "fastpeft.cli", *map(str, options)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + 120
+        while first.poll() is None and not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        try:
+            second = cli(*options, "--resume")
+        finally:
+            first.send_signal(signal.SIGCONT)
+    assert (second.code, second.err.count("\n")) == (2, 1)
+    assert f"{output} is being written to by another run: wait for its end" in second.err
+    assert first.returncode == 0
+    assert [row["prompt"] for row in rows_of(output.read_text())] == [line["prompt"] for line in lines]
+
+
 def test_what_changed_since_the_file_was_begun_is_named(cli, named, adapter, prompts, tmp_path):
     output = tmp_path / "out.jsonl"
     options = ["generate", *named, "--prompts", prompts(), "--output", output, *GREEDY]
@@ -302,6 +323,9 @@ BAD_LINES = [
     ({"prompt": "Once", "adapter": "a", "top_p": True}, "top_p must be a number from 0.01 to 1"),
     ({"prompt": "Once", "adapter": "a", "id": "\ud800"}, "it has half of a surrogate pair"),
     ({"prompt": "\udfff", "adapter": "a"}, "it has half of a surrogate pair"),
+    ({"prompt": "Once", "adapter": "a", "id": float("nan")}, '"id" must be JSON, which NaN and Infinity are not'),
+    ({"prompt": "Once", "adapter": "a", "id": {"x": [float("inf")]}}, '"id" must be JSON, which NaN and Infinity are'),
+    ('{"prompt": "Once", "adapter": "a", "id": 1e999}', '"id" must be JSON, which NaN and Infinity are not, got Inf'),
     ({"prompt": "Once", "adapter": {"a": 10**400}}, "the weight of adapter 'a' must be a finite number, got 1000"),
     ({"prompt": "Once", "adapter": "a", "temperature": 10**400}, "temperature must be a number from 0, got 1000"),
     ({"prompt": "Once", "adapter": "a", "max_new_tokens": 10**400}, "max_new_tokens must be a whole number from 1"),

@@ -1,5 +1,8 @@
 """The lines of a prompts file as batches, and the file of their results, without a model."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fastpeft.cli.errors import CommandError
@@ -26,10 +29,37 @@ def test_batches_hold_lines_that_sample_alike_and_fit_together():
 def test_a_run_whose_file_another_one_writes_to_stops(tmp_path):
     request = Request(1, "Once", "a", DEFAULTS)
     results = Results(tmp_path / "out", {}, False, [request])
-    results.open()
-    results.write([request.result("é")])
-    with (tmp_path / "out").open("a") as other:
-        other.write("theirs")
-    with pytest.raises(CommandError, match="is another one writing to it"):
-        results.write([request.result("x")])
+    with results.open():
+        results.write([request.result("é")])
+        with (tmp_path / "out").open("a") as other:
+            other.write("theirs")
+        with pytest.raises(CommandError, match="is another one writing to it"):
+            results.write([request.result("x")])
     assert (tmp_path / "out").read_text().endswith("theirs")
+
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_file_that_another_process_has_is_left_alone(tmp_path):
+    """Whether that is found at first, or when the model is loaded; and no longer than the process lives."""
+    output, request = tmp_path / "out", Request(1, "Once", "a", DEFAULTS)
+
+    def results():
+        return Results(output, {}, True, [request])
+
+    with results().open():
+        pass
+    waiting = results()
+    with subprocess.Popen([sys.executable, "-c", HOLD, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        said = f"{output} is being written to by another run: wait for its end"
+        with pytest.raises(CommandError, match=said):
+            results()
+        with pytest.raises(CommandError, match=said), waiting.open():
+            pytest.fail("it has no lock")
+        other.kill()
+    with waiting.open():
+        waiting.write([request.result("x")])
+    assert len(output.read_text().splitlines()) == 1

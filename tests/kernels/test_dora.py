@@ -221,6 +221,46 @@ def test_untrained_parts_cost_nothing(path, p, device):
             assert not dora_linear(*inputs).requires_grad
 
 
+@pytest.mark.parametrize("path", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_dx_of_a_frozen_adapter_is_as_close_to_fp64_as_torch(path, shape, dtypes, device):
+    t = dora_operands(shape, dtypes, device)
+    frozen = (t["x"], *(v.detach() if isinstance(v, Tensor) else v for v in inputs_of(t)[1:]))
+    with backend(path):
+        ours = run(dora_linear, leaves(frozen), t["dout"])
+    eager = run(eager_dora, leaves(frozen), t["dout"])
+    assert_close(ours, eager, run(eager_dora, leaves(frozen, torch.float64), t["dout"]))
+
+
+def test_nothing_is_summed_over_rows_for_a_frozen_adapter_on_a_cpu(monkeypatch):
+    for function in ("outer", "output_pass", "_column_pass"):
+        monkeypatch.setattr(f"fastpeft_kernels.reference_dora.{function}", None)
+    t = dora_operands((70, 40, 36, 8), (torch.bfloat16, torch.float32), "cpu")
+    with backend("torch"):
+        dora_linear(t["x"], *(v.detach() if isinstance(v, Tensor) else v for v in inputs_of(t)[1:])).sum().backward()
+    assert t["x"].grad is not None
+
+
+@pytest.mark.parametrize("path", BACKENDS)
+@pytest.mark.parametrize("trained", [{"x"}, {"bias"}, {"x", "A"}, {"magnitude"}], ids=str)
+def test_gradients_of_parts_are_those_of_training_all(path, trained, device):
+    t = dora_operands((70, 40, 36, 8), (torch.float32, torch.float32), device)
+    names = ("x", "W", "bias", "A", "B", "magnitude")
+
+    def gradients(*trained: str) -> dict[str, Tensor]:
+        inputs = [t[name].detach().requires_grad_(name in trained) for name in names]
+        torch.manual_seed(5)
+        dora_linear(*inputs, 0.7, 0.3).backward(t["dout"])
+        return {name: tensor.grad for name, tensor in zip(names, inputs, strict=True) if tensor.grad is not None}
+
+    with backend(path):
+        ours, all_of_them = gradients(*trained), gradients("x", "bias", "A", "B", "magnitude")
+    assert set(ours) == trained
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, all_of_them[name])
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
 def test_autocast_computes_as_torch_does(dtypes, device):
     t = dora_operands((33, 64, 48, 8), dtypes, device)
@@ -254,9 +294,9 @@ def test_opcheck(path, masked, device):
     with backend(path):
         torch.library.opcheck(dora._dora_linear, (*trained, mask, *scales), test_utils=_CHECKS)
         torch.library.opcheck(dora._dora_norm, (W, A, B, 0.7))
-        for need_dx in (True, False):
+        for needs in ((True, True), (False, True), (True, False)):
             saved = (dout, x, W, A, B, magnitude, S, y, norm, mask)
-            torch.library.opcheck(dora._dora_linear_backward, (*saved, *scales, need_dx))
+            torch.library.opcheck(dora._dora_linear_backward, (*saved, *scales, *needs))
 
 
 # As for LoRA: S, y and norm are outputs for backward alone.

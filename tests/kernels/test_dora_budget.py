@@ -17,9 +17,9 @@ NARROW = 2 * N * K  # bytes of the smallest wide tensor, W: whatever torch's ope
 
 
 @functools.cache
-def counted(dropout):
+def counted(dropout, trained=True):
     x, W, dout = torch.randn(M, K).bfloat16().requires_grad_(), torch.randn(N, K).bfloat16(), torch.randn(M, N)
-    A, B, magnitude = (torch.randn(*shape).requires_grad_() for shape in ((r, K), (N, r), (N,)))
+    A, B, magnitude = (torch.randn(*shape).requires_grad_(trained) for shape in ((r, K), (N, r), (N,)))
     op = lambda: [dora_linear(x, W, None, A, B, magnitude, 1.0, dropout)]  # noqa: E731
     return count_op(op, [dout.bfloat16()], [W])
 
@@ -48,6 +48,18 @@ def test_kernels(dropout, forward_most, backward_most):
     forward, backward = counted(dropout)
     assert len(kernels(forward)) <= forward_most, kernels(forward)
     assert len(kernels(backward)) <= backward_most, kernels(backward)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_frozen_adapter_reads_neither_x_nor_z(dropout):
+    """Backward: the scaled dout, dS, and dx's C operand."""
+    _, backward = counted(dropout, trained=False)
+    last = ["_dropout_kernel"] if dropout else []
+    assert kernels(backward) == ["_columns_kernel", "_shrink_kernel", "_expand_kernel", *last]
+    assert not backward.arguments()["_columns_kernel.z_ptr"]
+    wide = 2 * M * N * 3 + 2 * M * K * 2  # dout twice and scaled; dx and its C operand
+    again = 2 * M * K * 3 + 2 * M * K // 8 if dropout else 0  # the masked part of dx, and the mask twice
+    assert by_kind(backward, narrow=NARROW).wide == wide + again
 
 
 def test_two_reads_of_dout_are_over_budget(monkeypatch):

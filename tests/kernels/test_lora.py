@@ -257,9 +257,9 @@ def test_opcheck(path, masked, device):
     with backend(path):
         torch.library.opcheck(lora._lora_linear, (t["x"], W, t["bias"], t["A"], t["B"], mask, 0.7), test_utils=_CHECKS)
         torch.library.opcheck(lora._lora_add, (t["out"], t["x"], t["A"], t["B"], mask, 0.7), test_utils=_CHECKS)
-        for need_dx in (True, False):
-            torch.library.opcheck(lora._lora_linear_backward, (dout, x, W, A, B, S, mask, 0.7, need_dx))
-            torch.library.opcheck(lora._lora_add_backward, (dout, x, A, B, S, mask, 0.7, need_dx))
+        for needs in ((True, True), (False, True), (True, False)):
+            torch.library.opcheck(lora._lora_linear_backward, (dout, x, W, A, B, S, mask, 0.7, *needs))
+            torch.library.opcheck(lora._lora_add_backward, (dout, x, A, B, S, mask, 0.7, *needs))
 
 
 # Without test_aot_dispatch_dynamic's comparison of second outputs' gradients: S is an output for backward alone.

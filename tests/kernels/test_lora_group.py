@@ -217,8 +217,8 @@ def test_opcheck(path, masked, device):
     with backend(path):
         torch.library.opcheck(_lora_group, (x, Ws, biases, As, Bs, masks, list(SCALES)), test_utils=checks)
         detached = [[t.detach() for t in ts] for ts in (As, Bs)]
-        for need_dx in (True, False):
-            arguments = (douts, x.detach(), Ws, *detached, S, masks, list(SCALES), need_dx)
+        for needs in ((True, True), (False, True), (True, False)):
+            arguments = (douts, x.detach(), Ws, *detached, S, masks, list(SCALES), *needs)
             torch.library.opcheck(_lora_group_backward, arguments)
 
 

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+import serving_cases as cases
 
 from fastpeft.integrations.continuous_batching import check_transformers
 
@@ -23,3 +24,27 @@ def _leave_the_session_to_itself() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def maker():
+    return cases.AdapterMaker()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, maker):
+    """An adapter that is served whatever happens to others."""
+    return maker.save(tmp_path_factory.mktemp("good"), 0, cases.LORA_KINDS[0])
+
+
+@pytest.fixture(scope="module")
+def answer(good):
+    """What it says to PROMPT."""
+    return cases.Alone().answers(good, [cases.PROMPT])[0]
+
+
+@pytest.fixture
+def engine(good):
+    with cases.engine(slots=2) as engine:
+        engine.add_adapter("good", good)
+        yield engine

@@ -5,34 +5,10 @@ from concurrent.futures import Future
 
 import pytest
 import serving_cases as cases
+from serving_cases import PROMPT, WAIT
 
 from fastpeft.serving import AdapterLoadError, EngineStoppedError, RequestCancelledError
 from fastpeft.serving import registry as registry_module
-
-WAIT = 60
-PROMPT = [5, 6, 7, 8]
-
-
-@pytest.fixture(scope="module")
-def maker():
-    return cases.AdapterMaker()
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory, maker):
-    return maker.save(tmp_path_factory.mktemp("good"), 0, cases.LORA_KINDS[0])
-
-
-@pytest.fixture(scope="module")
-def answer(good):
-    return cases.Alone().answers(good, [PROMPT])[0]
-
-
-@pytest.fixture
-def engine(good):
-    with cases.engine(slots=2) as engine:
-        engine.add_adapter("good", good)
-        yield engine
 
 
 def test_callbacks_that_fail_or_call_back(engine, answer, tmp_path, maker):

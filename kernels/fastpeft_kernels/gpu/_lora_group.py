@@ -127,7 +127,7 @@ def _load_rows(a_ptr, offs_k, r, K, BLOCK_R: tl.constexpr):
 @triton.jit
 def _input_member(
     x, dx, da, s_ptr, a, mask_ptr, offs_m, offs_k, inside, end, r, stride_mask, dtype: tl.constexpr,
-    NEED_DX: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_R: tl.constexpr,
+    NEED_DX: tl.constexpr, NEED_FACTORS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """(dx + drop_i'(dS_i A_i), dA_iᵀ + drop_i(x)ᵀ dS_i): (BLOCK_M, BLOCK_C), (BLOCK_C, BLOCK_R)."""
     offs_r = tl.arange(0, BLOCK_R)
@@ -135,12 +135,15 @@ def _input_member(
     s = tl.load(s_ptr + offs_m[:, None] * r + offs_r[None, :], mask=mask_s, other=0.0)
     if HAS_MASK:
         bits = kept(mask_ptr, stride_mask, offs_m, offs_k, inside)
-        x = tl.where(bits, x, tl.zeros_like(x))
+        if NEED_FACTORS:
+            x = tl.where(bits, x, tl.zeros_like(x))
         if NEED_DX:
             dx += tl.where(bits, product_for(s, a, tl.zeros_like(dx), dtype), 0.0)
     elif NEED_DX:
         dx = product_for(s, a, dx, dtype)
-    return dx, exact_product(tl.trans(x), s, da)
+    if NEED_FACTORS:
+        da = exact_product(tl.trans(x), s, da)
+    return dx, da
 
 
 @triton.jit
@@ -150,7 +153,8 @@ def _group_input_kernel(
     # (M, K), (M, r_i), (r_i, K), (M, ⌈K / 32⌉), (bands, r_i, K), (M, K); rows of x contiguous, the others as a whole
     M, K, r0, r1, r2, rows,
     stride_xm, stride_mask,
-    MEMBERS: tl.constexpr, MASKED: tl.constexpr, NEED_DX: tl.constexpr, ADD: tl.constexpr,  # ADD: onto what is in dx
+    MEMBERS: tl.constexpr, MASKED: tl.constexpr, NEED_DX: tl.constexpr, NEED_FACTORS: tl.constexpr,
+    ADD: tl.constexpr,  # onto what is in dx
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     dtype = dx_ptr.dtype.element_ty
@@ -168,52 +172,60 @@ def _group_input_kernel(
     for start in range(band * rows, end, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         inside = (offs_m < end)[:, None] & mask_k
-        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=inside, other=0.0)
+        x = tl.zeros((BLOCK_M, BLOCK_C), x_ptr.dtype.element_ty)
+        if NEED_FACTORS:
+            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=inside, other=0.0)
         dx_ptrs = dx_ptr + offs_m[:, None] * K + offs_k[None, :]
         dx = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         if ADD:
             dx = tl.load(dx_ptrs, mask=inside, other=0.0).to(tl.float32)
         dx, da0 = _input_member(
             x, dx, da0, s0_ptr, a0, mask0_ptr, offs_m, offs_k, inside, end, r0, stride_mask, dtype,
-            NEED_DX, MASKED % 2 == 1, BLOCK_R,
+            NEED_DX, NEED_FACTORS, MASKED % 2 == 1, BLOCK_R,
         )  # fmt: skip
         if MEMBERS > 1:
             dx, da1 = _input_member(
                 x, dx, da1, s1_ptr, a1, mask1_ptr, offs_m, offs_k, inside, end, r1, stride_mask, dtype,
-                NEED_DX, MASKED // 2 % 2 == 1, BLOCK_R,
+                NEED_DX, NEED_FACTORS, MASKED // 2 % 2 == 1, BLOCK_R,
             )  # fmt: skip
         if MEMBERS > 2:
             dx, da2 = _input_member(
                 x, dx, da2, s2_ptr, a2, mask2_ptr, offs_m, offs_k, inside, end, r2, stride_mask, dtype,
-                NEED_DX, MASKED // 4 % 2 == 1, BLOCK_R,
+                NEED_DX, NEED_FACTORS, MASKED // 4 % 2 == 1, BLOCK_R,
             )  # fmt: skip
         if NEED_DX:
             tl.store(dx_ptrs, round_to(dx, dtype), mask=inside)
     offs_r = tl.arange(0, BLOCK_R)
-    store_plane(plane0_ptr + band * K * r0, da0, offs_k, offs_r, K, r0, 1, K)
-    if MEMBERS > 1:
+    if NEED_FACTORS:
+        store_plane(plane0_ptr + band * K * r0, da0, offs_k, offs_r, K, r0, 1, K)
+    if NEED_FACTORS and MEMBERS > 1:
         store_plane(plane1_ptr + band * K * r1, da1, offs_k, offs_r, K, r1, 1, K)
-    if MEMBERS > 2:
+    if NEED_FACTORS and MEMBERS > 2:
         store_plane(plane2_ptr + band * K * r2, da2, offs_k, offs_r, K, r2, 1, K)
 
 
 def group_input_pass(
-    x: Tensor, dSs: Sequence[Tensor], As: Sequence[Tensor], masks: Sequence[Tensor | None], need_dx: bool
+    x: Tensor,
+    dSs: Sequence[Tensor],
+    As: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    need_dx: bool,
+    need_factors: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Σ drop_i'(dS_i A_i): (M, K) in x's dtype, and for each member planes of dA_i = dS_iᵀ drop_i(x): (bands, r_i, K).
 
-    Planes are fp32 where there is more than one. The first result is empty, of shape (0,), where it is not needed. One
-    pass over x for as many members as `group_launches` puts together, whose sum is rounded once; one or two for each
-    member where a tile is missing or rows are not contiguous.
+    Planes are fp32 where there is more than one. What is not needed is empty, dx of shape (0,); without planes x is not
+    read. One pass over x for as many members as `group_launches` puts together, whose sum is rounded once; one or two
+    for each member where a tile is missing or rows are not contiguous.
     """
     t = _fitting_tile("input_pass", x, As, masks)
     if t is None:
-        return _input_passes(x, dSs, As, masks, need_dx)
+        return _input_passes(x, dSs, As, masks, need_dx, need_factors)
     M, K = x.shape
     strips = triton.cdiv(K, t.BLOCK_C)
     bands, rows = row_bands(M, strips, t.BLOCK_M)
     dtype = As[0].dtype if bands == 1 else torch.float32
-    planes = [torch.empty((bands, *A.shape), dtype=dtype, device=x.device) for A in As]
+    planes = [torch.empty((bands, *A.shape), dtype=dtype, device=x.device) for A in As if need_factors]
     dx = torch.empty((M, K) if need_dx else 0, dtype=x.dtype, device=x.device)
     for part in group_launches(len(As), t.members):
         ranks = [A.shape[0] for A in As[part]]
@@ -221,24 +233,33 @@ def group_input_pass(
             with torch.cuda.device_of(x):
                 _group_input_kernel[(strips, bands)](
                     x, *_filled(dSs[part]), *_filled(As[part]), *_filled(_pointers(masks[part], x)),
-                    *_filled(planes[part]), dx, M, K, *_filled(ranks), rows, x.stride(0), _mask_stride(masks[part]),
-                    len(ranks), _masked(masks[part]), need_dx, need_dx and part.start > 0,
+                    *_filled(planes[part] or [x]), dx, M, K, *_filled(ranks), rows,
+                    x.stride(0), _mask_stride(masks[part]), len(ranks), _masked(masks[part]),
+                    need_dx, need_factors, need_dx and part.start > 0,
                     t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
                 )  # fmt: skip
     return dx, planes
 
 
 def _input_passes(
-    x: Tensor, dSs: Sequence[Tensor], As: Sequence[Tensor], masks: Sequence[Tensor | None], need_dx: bool
+    x: Tensor,
+    dSs: Sequence[Tensor],
+    As: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    need_dx: bool,
+    need_factors: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """`group_input_pass` by the kernels of one layer."""
     if not need_dx:
         return x.new_empty(0), [outer_planes(x, dS, mask) for dS, mask in zip(dSs, masks, strict=True)]
-    dx, planes = input_pass(x, dSs[0], As[0], masks[0])
-    more = [outer_planes(x, dS, mask) for dS, mask in zip(dSs[1:], masks[1:], strict=True)]
+    if need_factors:
+        dx, first = input_pass(x, dSs[0], As[0], masks[0])
+        planes = [first, *(outer_planes(x, dS, mask) for dS, mask in zip(dSs[1:], masks[1:], strict=True))]
+    else:
+        dx, planes = expand(dSs[0], As[0].t(), x.dtype, mask=masks[0]), []
     for dS, A, mask in zip(dSs[1:], As[1:], masks[1:], strict=True):
         dx = expand(dS, A.t(), x.dtype, base=dx, mask=mask)
-    return dx, [planes, *more]
+    return dx, planes
 
 
 def _fitting_tile(

@@ -10,6 +10,7 @@ up to 16, counted in tests/kernels/test_dora_budget.py: 8MK + 12MN + 2NK (shrink
 norm reads W; columns reads dout and z and writes the scaled dout; the output pass reads dout; the input pass reads x
 and writes the C operand of dx, which its product reads). With dropout 20MK + 14MN + 2NK, and MK/8 for each of draw,
 rest, input pass and the last mask on dx: each way has a second base product, with a C operand and an input of its own.
+Where all of an adapter is frozen the backward reads neither x nor z: columns, shrink and expand.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._lora_backward import input_pass, outer_planes, output_pass
-from fastpeft_kernels.gpu._lora_forward import shrink
+from fastpeft_kernels.gpu._lora_forward import expand_planes, shrink, shrink_planes
 from fastpeft_kernels.gpu._numerics import exact_product, keep, product_for, round_to
 from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu.dropout import dropout
@@ -128,7 +129,7 @@ def _columns_kernel(
     dout_ptr, z_ptr, factor_ptr, scaled_ptr, plane_ptr,  # (M, N) x2, (N,), (M, N), (planes, N)
     M, N, rows,  # rows of dout that one plane sums
     stride_dm, stride_dn,
-    HAS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_SCALED: tl.constexpr, HAS_TOTAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     plane = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -142,25 +143,28 @@ def _columns_kernel(
         offsets = offs_m[:, None] * N + offs_n[None, :]
         dout_ptrs = dout_ptr + offs_m[:, None] * stride_dm + offs_n[None, :] * stride_dn
         dout = tl.load(dout_ptrs, mask=inside, other=0.0).to(tl.float32)
-        total += dout * tl.load(z_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        if HAS_TOTAL:
+            total += dout * tl.load(z_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         if HAS_SCALED:
             scaled = round_to(dout * factor[None, :], scaled_ptr.dtype.element_ty)
             tl.store(scaled_ptr + offsets, scaled, mask=inside)
-    tl.store(plane_ptr + plane * N + offs_n, tl.sum(total, axis=0), mask=mask_n)
+    if HAS_TOTAL:
+        tl.store(plane_ptr + plane * N + offs_n, tl.sum(total, axis=0), mask=mask_n)
 
 
-def column_pass(dout: Tensor, z: Tensor, factor: Tensor, need_scaled: bool) -> tuple[Tensor, Tensor]:
-    """(factor · dout, Σ_m dout · z): (M, N) in dout's dtype, empty where it is not needed, and (N,) fp32."""
+def column_pass(dout: Tensor, z: Tensor, factor: Tensor, need_scaled: bool, need_total: bool) -> tuple[Tensor, Tensor]:
+    """(factor · dout, Σ_m dout · z): (M, N) in dout's dtype and (N,) fp32; what is not needed is empty."""
     M, N = dout.shape
     scaled = torch.empty((M, N) if need_scaled else 0, dtype=dout.dtype, device=dout.device)
     planes = max(1, triton.cdiv(M, ROWS_PER_PLANE))
     rows = triton.cdiv(triton.cdiv(max(M, 1), planes), BLOCK_M) * BLOCK_M
-    partial = torch.empty((planes, N), dtype=torch.float32, device=dout.device)
-    if N:
+    partial = torch.empty((planes, N if need_total else 0), dtype=torch.float32, device=dout.device)
+    if N and (need_scaled or need_total):
         with torch.cuda.device_of(dout):
             _columns_kernel[(planes, triton.cdiv(N, BLOCK_C))](
-                dout, z, factor, scaled, partial, M, N, rows, *dout.stride(), need_scaled, BLOCK_M, BLOCK_C
-            )
+                dout, z, factor, scaled, partial, M, N, rows, *dout.stride(),
+                need_scaled, need_total, BLOCK_M, BLOCK_C,
+            )  # fmt: skip
     return scaled, partial.sum(0)
 
 
@@ -230,16 +234,23 @@ def dora_linear_backward(
     scaling: float,
     keep_scale: float,
     need_dx: bool,
+    need_factors: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = magnitude.float() / norm
     factor = (g * keep_scale).unsqueeze(1)
-    scaled, total = column_pass(dout, z, g if mask is None else (g - 1) * keep_scale, need_dx)
-    dS, T_planes = output_pass(dout, (B * factor).to(B.dtype), S, scaling)
-    dx, dA_planes = input_pass(x, dS, A, mask) if need_dx else (x.new_empty(0), outer_planes(x, dS, mask))
-    dA, T = sum_planes(dA_planes, T_planes, dtype=S.dtype)
-    dB = (T * factor).to(B.dtype)
-    total += (T.float() * B).sum(1)
-    dmagnitude = (total * keep_scale / norm).to(magnitude.dtype)
+    weighted = (B * factor).to(B.dtype)
+    scaled, total = column_pass(dout, z, g if mask is None else (g - 1) * keep_scale, need_dx, need_factors)
+    if need_factors:
+        dS, T_planes = output_pass(dout, weighted, S, scaling)
+        dx, dA_planes = input_pass(x, dS, A, mask) if need_dx else (x.new_empty(0), outer_planes(x, dS, mask))
+        dA, T = sum_planes(dA_planes, T_planes, dtype=S.dtype)
+        dB = (T * factor).to(B.dtype)
+        total += (T.float() * B).sum(1)
+        dmagnitude = (total * keep_scale / norm).to(magnitude.dtype)
+    else:
+        dS_planes = shrink_planes(dout, weighted.t(), None, scaling)
+        dx = expand_planes(dS_planes, A.t(), x.dtype, mask=mask)[0] if need_dx else x.new_empty(0)
+        dA, dB, dmagnitude = (t.new_empty(0) for t in (A, B, magnitude))
     if not need_dx:
         return dx, dA, dB, dmagnitude
     dx.addmm_(scaled, W)
@@ -286,8 +297,9 @@ def compile_cases() -> Iterator[CompileCase]:
         pointers |= {"mask_ptr": "i32", "factor_ptr": "fp32", "plane_ptr": "fp32"}
         for name, fn, constexprs in (
             ("rest", _rest_kernel, blocks),
-            ("columns", _columns_kernel, {"HAS_SCALED": True, **blocks}),
-            ("columns-bare", _columns_kernel, {"HAS_SCALED": False, **blocks}),
+            ("columns", _columns_kernel, {"HAS_SCALED": True, "HAS_TOTAL": True, **blocks}),
+            ("columns-bare", _columns_kernel, {"HAS_SCALED": False, "HAS_TOTAL": True, **blocks}),
+            ("columns-frozen", _columns_kernel, {"HAS_SCALED": True, "HAS_TOTAL": False, **blocks}),
         ):
             signature = _signature(fn, pointers, constexprs)
             yield CompileCase(f"{name}-{wide}", fn, signature, constexprs, uses_matrix=False)

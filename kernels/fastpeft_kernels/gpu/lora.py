@@ -8,7 +8,8 @@ Launches beside the base product: shrink and expand forward, and with dropout on
 dS's planes, input pass, sum of the planes of dA and dB backward. Bytes, forward + backward, 16-bit x: 8MK + 6MN, and
 planes (tests/kernels/test_budget.py); with dropout MK/8 more where shrink draws the mask and writes it, and MK/8 where
 the input pass reads it. Compiled code draws by an op of its own: a launch and MK/8 more. Ranks over 16 read dout twice
-(8MN in all): _lora_backward.py says why.
+(8MN in all): _lora_backward.py says why. Where A and B are frozen the backward is shrink and expand again, and does not
+read x (tests/kernels/test_frozen_factors.py).
 """
 
 from collections.abc import Iterator
@@ -51,10 +52,14 @@ def lora_linear_backward(
     mask: Tensor | None,
     scale: float,
     need_dx: bool,
+    need_factors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not need_dx or not takes_product(dout, W.t(), B):
-        dx, dA, dB = lora_add_backward(dout, x, A, B, S, mask, scale, need_dx)
+        dx, dA, dB = lora_add_backward(dout, x, A, B, S, mask, scale, need_dx, need_factors)
         return dx.addmm_(dout, W) if need_dx else dx, dA, dB
+    if not need_factors:
+        dS = shrink(dout, B.t(), None, scale)
+        return linear(dout, W.t(), None, dS, A.t(), mask), A.new_empty(0), B.new_empty(0)
     dS, dB_planes = output_pass(dout, B, S, scale)
     dA, dB = sum_planes(outer_planes(x, dS, mask), dB_planes, dtype=S.dtype)
     return linear(dout, W.t(), None, dS, A.t(), mask), dA, dB
@@ -67,8 +72,20 @@ def lora_add(
 
 
 def lora_add_backward(
-    dout: Tensor, x: Tensor, A: Tensor, B: Tensor, S: Tensor, mask: Tensor | None, scale: float, need_dx: bool
+    dout: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    need_dx: bool,
+    need_factors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not need_factors:
+        dS_planes = shrink_planes(dout, B.t(), None, scale)
+        dx = expand_planes(dS_planes, A.t(), x.dtype, mask=mask)[0] if need_dx else x.new_empty(0)
+        return dx, A.new_empty(0), B.new_empty(0)
     dS, dB_planes = output_pass(dout, B, S, scale)
     dx, dA_planes = input_pass(x, dS, A, mask) if need_dx else (x.new_empty(0), outer_planes(x, dS, mask))
     dA, dB = sum_planes(dA_planes, dB_planes, dtype=S.dtype)

@@ -3,7 +3,8 @@
 Launches beside the base products, n members in one launch of each: shrink and n expands forward; n output passes, sums
 of dS's planes by pairs, input pass, sums of the planes of dA and dB by pairs backward: at most 5n / 2 + 2. Bytes,
 forward + backward, 16-bit x, N = Σ N_i: 8MK + 6MN, 3nMK/8 more with dropout, and 2MK for each base product of dx but
-the first, which accumulates onto the ones before it (tests/kernels/test_group_budget.py).
+the first, which accumulates onto the ones before it (tests/kernels/test_group_budget.py). Where all factors are frozen
+shrinks stand for output passes, and the input pass does not read x.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastpeft_kernels.gpu import _lora_group
 from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._lora_backward import output_planes
-from fastpeft_kernels.gpu._lora_forward import expand_planes
+from fastpeft_kernels.gpu._lora_forward import expand_planes, shrink_planes
 from fastpeft_kernels.gpu._lora_group import group_input_pass, group_shrink_planes
 from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu.lora import MIXES
@@ -52,10 +53,18 @@ def lora_group_backward(
     masks: Sequence[Tensor | None],
     scales: Sequence[float],
     need_dx: bool,
+    need_factors: bool,
 ) -> list[Tensor]:
-    parts = zip(douts, Bs, _by_rank(S, As), scales, strict=True)
-    dS_planes, dB_planes = zip(*(output_planes(*part) for part in parts), strict=True)
-    dx, dA_planes = group_input_pass(x, sum_planes(*dS_planes, dtype=S.dtype), As, masks, need_dx)
+    dS_planes: Sequence[Tensor]
+    dB_planes: Sequence[Tensor]
+    if need_factors:
+        parts = zip(douts, Bs, _by_rank(S, As), scales, strict=True)
+        dS_planes, dB_planes = zip(*(output_planes(*part) for part in parts), strict=True)
+    else:
+        rest = zip(douts, Bs, scales, strict=True)
+        dS_planes, dB_planes = [shrink_planes(dout, B.t(), None, scale) for dout, B, scale in rest], []
+    dSs = sum_planes(*dS_planes, dtype=S.dtype)
+    dx, dA_planes = group_input_pass(x, dSs, As, masks, need_dx, need_factors)
     grads = sum_planes(*dA_planes, *dB_planes, dtype=S.dtype)
     if need_dx:
         for dout, W in zip(douts, Ws, strict=True):
@@ -86,6 +95,8 @@ def compile_cases() -> Iterator[CompileCase]:
             if mix != ("bf16", "fp32"):
                 continue
             yield _case(kernel, fn, t, mix, t.members, masked=False)
+            if kernel == "input_pass":
+                yield _case(kernel, fn, t, mix, t.members, masked=True, need_factors=False)
             for members in range(2 if t.members > 2 else 1, t.members):  # as `group_launches` divides two or more
                 yield _case(kernel, fn, t, mix, members, masked=True)
             if t.BLOCK_R == 16:  # nearly full: with ranks of no multiple of 16, too
@@ -93,12 +104,19 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 def _case(
-    kernel: GroupKernel, fn: triton.JITFunction, t: GroupTile, mix: tuple[str, str], members: int, masked: bool
+    kernel: GroupKernel,
+    fn: triton.JITFunction,
+    t: GroupTile,
+    mix: tuple[str, str],
+    members: int,
+    masked: bool,
+    need_factors: bool = True,
 ) -> CompileCase:
     wide, narrow = mix
     kinds = {"x": wide, "dx": wide, "mask": "i32", "a": narrow, "s": narrow, "plane": "fp32"}
     constexprs = {
         "MEMBERS": members, "MASKED": (1 << members) - 1 if masked else 0, "NEED_DX": True, "ADD": masked,
+        "NEED_FACTORS": need_factors,
         "BLOCK_M": t.BLOCK_M, "BLOCK_C": t.BLOCK_C, "BLOCK_R": t.BLOCK_R,
     }  # fmt: skip
     signature = {}
@@ -106,8 +124,9 @@ def _case(
         kind = "fp32" if name.startswith("scale") else "i32"
         pointee = kinds.get(name.removesuffix("_ptr").rstrip("012")) if name.endswith("_ptr") else None
         signature[name] = "constexpr" if name in constexprs else f"*{pointee}" if pointee else kind
+    ending = f"{'' if masked else '-bare'}{'' if need_factors else '-frozen'}"
     return CompileCase(
-        f"{kernel}-{members}xr{t.BLOCK_R}-{wide}-{narrow}{'' if masked else '-bare'}", fn, signature,
+        f"{kernel}-{members}xr{t.BLOCK_R}-{wide}-{narrow}{ending}", fn, signature,
         {name: value for name, value in constexprs.items() if name in fn.arg_names}, t.num_warps, t.num_stages,
         dot_rows=t.BLOCK_M,
     )  # fmt: skip
