@@ -23,6 +23,7 @@ from fastpeft.persistence import SavedAdapters
 from fastpeft.recognition import recognise_parts, recognised_class
 from fastpeft.routing_scope import is_anothers, is_routed, routed
 from fastpeft.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from fastpeft.utils.frozen_head import rows_of_head_together
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ class PeftModel(SavedAdapters, BatchGeneration, nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate with the active adapters; `adapter_names` as in forward."""
-        with self._enable_peft_forward_hooks(**self._generation_options(args, kwargs)):
+        together = rows_of_head_together(self.get_base_model())
+        with self._enable_peft_forward_hooks(**self._generation_options(args, kwargs)), together:
             return self.base_model.generate(*args, **self._base_kwargs(kwargs))
 
     def _generation_options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

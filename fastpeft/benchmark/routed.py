@@ -90,9 +90,10 @@ class RoutedCase(Case):
 
 @dataclass(frozen=True)
 class RoutedGenerateCase(Case):
-    """`generate` of the small Llama, greedy, with its cache: 64 prompts of `prompt` tokens, `new` tokens each.
+    """`generate` of the small Llama, greedy, with its cache: `rows` prompts of `prompt` tokens, `new` tokens each.
 
-    Base in `dtype`, fp32 adapters on every linear, spread evenly over the rows. The frozen base generates without them.
+    Base in `dtype`, fp32 adapters on every linear, spread evenly over the rows. The base alone generates without them,
+    its weights not marked as frozen: torch multiplies a frozen head row by row after the prompt, which is no floor.
     """
 
     suite: ClassVar[str] = "routed-generate"
@@ -100,6 +101,7 @@ class RoutedGenerateCase(Case):
 
     adapters: int
     dtype: str
+    rows: int = ROWS
     prompt: int = 16
     new: int = 16
     r: int = 16
@@ -107,7 +109,7 @@ class RoutedGenerateCase(Case):
 
     @property
     def name(self) -> str:
-        return f"{self.dtype}-A{self.adapters}"
+        return f"{self.dtype}-A{self.adapters}-{self.rows}rows"
 
     def base(self) -> nn.Module:
         return self.size.build(DTYPES[self.dtype], self.device).eval()
@@ -116,9 +118,9 @@ class RoutedGenerateCase(Case):
         return many_adapters(library, self.base(), self.adapters, r=self.r)
 
     def generate(self, model: Any, **names: Any) -> Tensor:
-        """(64, prompt + new) token ids; no row ends before the others."""
+        """(rows, prompt + new) token ids; no row ends before the others."""
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(3, self.size.vocabulary, (ROWS, self.prompt), generator=generator).to(self.device)
+        ids = torch.randint(3, self.size.vocabulary, (self.rows, self.prompt), generator=generator).to(self.device)
         tokens: Tensor = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, pad_token_id=0,
             max_new_tokens=self.new, min_new_tokens=self.new, **names,
@@ -126,7 +128,7 @@ class RoutedGenerateCase(Case):
         return tokens
 
     def steps(self, found: Libraries) -> dict[str, Step]:
-        names = names_of_rows(self.adapters)
+        names = names_of_rows(self.adapters, self.rows)
         models = {name: self.model(library) for name, library in found.items()}
         frozen = partial(self.generate, self.base())
         return {
@@ -136,7 +138,7 @@ class RoutedGenerateCase(Case):
 
     def facts(self, found: Libraries) -> dict[str, dict[str, Any]]:
         """Share of the new tokens that are reference PEFT's. Greedy choices between equals part ways by rounding."""
-        names = names_of_rows(self.adapters)
+        names = names_of_rows(self.adapters, self.rows)
         tokens = {
             name: self.generate(self.model(library), adapter_names=names)[:, self.prompt :]
             for name, library in found.items()
@@ -148,9 +150,9 @@ class RoutedGenerateCase(Case):
         }
 
 
-def names_of_rows(adapters: int) -> list[str]:
+def names_of_rows(adapters: int, rows: int = ROWS) -> list[str]:
     """The adapter of each row. Neighbours differ: nobody sorts the requests of a server."""
-    return [f"adapter_{row % adapters}" for row in range(ROWS)]
+    return [f"adapter_{row % adapters}" for row in range(rows)]
 
 
 def many_adapters(
@@ -174,4 +176,5 @@ def routed_cases(quick: bool, device: str) -> Iterator[RoutedCase]:
 
 def routed_generate_cases(quick: bool, device: str) -> Iterator[RoutedGenerateCase]:
     for dtype in ("bf16",) if quick else ("fp32", "bf16"):
-        yield RoutedGenerateCase(32, dtype, new=4 if quick else 16, device=device)
+        for rows in (ROWS,) if quick else (ROWS, 32):
+            yield RoutedGenerateCase(32, dtype, rows, new=4 if quick else 16, device=device)
