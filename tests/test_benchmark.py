@@ -226,6 +226,21 @@ def test_run_writes_a_record_that_reads_back(monkeypatch, tmp_path):
     assert {"date", "commit", "cpu", "gpu", "versions", "threads", "python"} <= set(record["environment"])
 
 
+def test_a_run_that_is_stopped_leaves_what_it_measured(monkeypatch, tmp_path):
+    lines = []
+
+    def stop_at_the_second(line):
+        lines.append(line)
+        if len(lines) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(monkeypatch, tmp_path, progress=stop_at_the_second)
+    record = records.read(tmp_path / "bench.json")
+    assert [f"[1/2] layer {result['case']}" for result in record["results"]] == lines[:1]
+    assert lines[0].split()[-1] in (tmp_path / "bench.md").read_text()
+
+
 def test_table_has_a_row_for_each_contender_and_its_machine(monkeypatch):
     report = run_tiny(monkeypatch)
     table = report.to_markdown()

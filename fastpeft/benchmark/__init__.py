@@ -101,18 +101,20 @@ def run(
     cases = _cases(suites, quick, device)
     found = available() if libraries is None else libraries
     effort = effort or (QUICK if quick else Effort())
-    started, results = time.monotonic(), []
+    started = time.monotonic()
     with torch_threads(threads):
         ceilings = roofline.ceilings_of(device) if any(case.work() for case in cases) else None
+        report = Report({**environment.describe(threads), **_described(device, ceilings)}, [])
         for number, case in enumerate(cases, start=1):
             if deadline_s is not None and time.monotonic() - started + case.reserve_s > deadline_s:
                 late = f"not run: it would pass the limit of {deadline_s:.0f} s"
-                results.append(Result(case.suite, case.name, case.params, error=late))
+                report.results.append(Result(case.suite, case.name, case.params, error=late))
                 continue
             if progress:
                 progress(f"[{number}/{len(cases)}] {case.suite} {case.name}")
-            results.append(measure(case, found, effort, ceilings))
-    report = Report({**environment.describe(threads), **_described(device, ceilings)}, results)
+            report.results.append(measure(case, found, effort, ceilings))
+            if out_dir is not None:  # whoever stops it keeps what was measured
+                report.write(out_dir, stem)
     if out_dir is not None:
         report.write(out_dir, stem)
     return report

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastpeft.adapter_files import write_text
 from fastpeft.benchmark.cases import Result
 from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
 
@@ -27,11 +28,10 @@ class Report:
         return [result for result in self.results if result.error]
 
     def write(self, folder: Path, stem: str = "bench") -> tuple[Path, Path]:
-        """Write `<stem>.json` and `<stem>.md` into `folder`. Returns both paths."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `<stem>.json` and `<stem>.md` into `folder`, each whole or not at all. Returns both paths."""
         data, table = folder / f"{stem}.json", folder / f"{stem}.md"
-        data.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        table.write_text(self.to_markdown())
+        write_text(data, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(table, self.to_markdown())
         return data, table
 
     def to_markdown(self) -> str:
