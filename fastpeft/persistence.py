@@ -303,6 +303,7 @@ def _apply_weights(
         for key in result.missing_keys
         if adapter_name in key.split(".") and (prefix in key or ".modules_to_save." in key)
     ]
+    weights.clear()  # what was put into the model as it is is the model's alone
     model.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     return result
 

@@ -25,6 +25,7 @@ from fastpeft.config import PeftConfig
 from fastpeft.mapping import get_peft_model
 from fastpeft.peft_model import PeftModel
 from fastpeft.serving.weights import AdapterWeights
+from fastpeft.tuners.switching import settle_adapters
 from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.auxiliary import _ROWWISE, AuxiliaryTrainingWrapper
 from fastpeft.utils.peft_types import PeftType
@@ -143,6 +144,7 @@ class AdapterSlots:
             content = _Content(layout, pattern, pattern.put(self.names[slot]))
             self._contents[slot] = content
             self._configs()[self.names[slot]] = weights.config
+            settle_adapters(self.base_model)
             self.built += 1
         else:
             self.copied += 1

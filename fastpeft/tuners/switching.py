@@ -136,6 +136,12 @@ def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
                 yield from part.parameters() if isinstance(part, nn.Module) else [part]
 
 
+def settle_adapters(model: nn.Module) -> None:
+    """Let all layers know that adapters were added, loaded or cast."""
+    for layer in _tuner_layers(model):
+        layer.settle_adapters()
+
+
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Raise an adapter's 16-bit and 8-bit weights to fp32, for stable training. In place."""
     if not autocast_adapter_dtype:

@@ -56,6 +56,9 @@ class BaseTunerLayer(ABC):
         """Raise what `merge` would raise, and change nothing."""
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
+    def settle_adapters(self) -> None:  # noqa: B027  (most methods have nothing to do)
+        """Called when adapters were added, loaded or cast: for methods to arrange what many adapters share."""
+
     # State.
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

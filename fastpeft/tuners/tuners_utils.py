@@ -23,6 +23,7 @@ from fastpeft.tuners.switching import (
     keep_trainability,
     set_adapter,
     set_requires_grad,
+    settle_adapters,
 )
 from fastpeft.tuners.targets import check_target_module_exists
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
@@ -269,6 +270,7 @@ class BaseTuner(nn.Module, ABC):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+        settle_adapters(self.model)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """While this context lasts, the layers follow the `adapter_names` of a mixed batch, if any are given.

@@ -5,11 +5,15 @@ import io
 
 import pytest
 import torch
+from models import LAYERS, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastpeft import get_peft_model
 from fastpeft.routing import Routing
-from fastpeft.tuners.lora import LoraConfig
+from fastpeft.serving.slots import AdapterSlots
+from fastpeft.serving.weights import read_adapter
+from fastpeft.tuners.lora import LoraConfig, LoraLayer
 from fastpeft.tuners.lora.layer import Linear
 from fastpeft_kernels.side_by_side import side_by_side
 
@@ -17,18 +21,20 @@ K, N = 24, 40
 NAMES = ["a", "b", "c", "d"]
 
 
-def add(layer, name, r=4):
+def add(layer, name, r=4, settle=True):
     config = LoraConfig(r=r, init_lora_weights=False)
     layer.update_layer(name, r, lora_alpha=8, config=config)
     for module in (layer.lora_A[name], layer.lora_B[name]):
         module.weight.data = torch.randn(module.weight.shape)
+    if settle:
+        layer.settle_adapters()
 
 
-def make(names=NAMES, r=4):
+def make(settle=True):
     torch.manual_seed(0)
-    layer = Linear(nn.Linear(K, N), names[0], LoraConfig(r=r), r=r, lora_alpha=8)
-    for name in names:
-        add(layer, name, r)
+    layer = Linear(nn.Linear(K, N), "a", LoraConfig(r=4), r=4, lora_alpha=8)
+    for name in NAMES:
+        add(layer, name, settle=settle)
     return layer.eval()
 
 
@@ -58,11 +64,11 @@ def expected(layer, names=NAMES):
 
 
 @torch.no_grad()
-def test_the_first_mixed_batch_moves_them():
-    layer = make()
+def test_they_are_moved_and_stay_the_same_parameters():
+    layer = make(settle=False)
     before, values = factors_of(layer), copy.deepcopy(factors_of(layer))
     assert not is_together(layer)
-    run(layer)
+    layer.settle_adapters()
     assert is_together(layer)
     for own, kept, value in zip(factors_of(layer), before, values, strict=True):
         assert own is kept  # the very Parameters
@@ -72,11 +78,19 @@ def test_the_first_mixed_batch_moves_them():
 
 @torch.no_grad()
 def test_one_adapter_stays_where_it_is():
-    layer = make()
+    layer = Linear(nn.Linear(K, N), "a", LoraConfig(r=4), r=4, lora_alpha=8)
     address = layer.lora_A["a"].weight.data_ptr()
-    run(layer, ["a"])
-    layer(torch.randn(3, K))
+    layer.settle_adapters()
     assert layer.lora_A["a"].weight.data_ptr() == address
+
+
+@torch.no_grad()
+def test_a_forward_moves_nothing():
+    """Another thread's forward may be reading."""
+    layer = make(settle=False)
+    addresses = [p.data_ptr() for p in layer.parameters()]
+    run(layer)
+    assert [p.data_ptr() for p in layer.parameters()] == addresses
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -84,7 +98,7 @@ def test_training_goes_on_with_them(inference):
     """Moved between two steps: the optimizer's Parameters are the layer's, and what it writes is what is read."""
     found = []
     for moves in (False, True):
-        layer = make()
+        layer = make(settle=False)
         layer.requires_grad_(True).base_layer.requires_grad_(False)
         optimizer = torch.optim.AdamW(factors_of(layer), lr=0.1)
         for _ in range(3):
@@ -96,7 +110,7 @@ def test_training_goes_on_with_them(inference):
             optimizer.zero_grad()
             if moves:
                 with torch.inference_mode() if inference else torch.no_grad():
-                    run(layer)
+                    layer.settle_adapters()
                 assert is_together(layer)
         found.append([factor.detach().clone() for factor in factors_of(layer)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -129,13 +143,14 @@ def test_what_is_written_later_is_read():
 )
 @torch.no_grad()
 def test_what_somebody_has_a_view_of_is_not_moved(holder):
-    layer = make()
-    wanted = expected(layer)
+    layer = make(settle=False)
     addresses = [p.data_ptr() for p in layer.parameters()]
     held = holder(layer)
-    torch.testing.assert_close(run(layer), wanted)
+    layer.settle_adapters()
     assert [p.data_ptr() for p in layer.parameters()] == addresses
     del held
+    layer.settle_adapters()
+    assert is_together(layer)
 
 
 @torch.no_grad()
@@ -193,6 +208,7 @@ def test_each_rank_and_dtype_has_memory_of_its_own():
         add(layer, name)
         layer.lora_A[name].to(torch.float64)
         layer.lora_B[name].to(torch.float64)
+    layer.settle_adapters()
     names = [*NAMES, "e", "f"]
     torch.testing.assert_close(run(layer, names), expected(layer, names))
     assert is_together(layer)
@@ -202,14 +218,23 @@ def test_each_rank_and_dtype_has_memory_of_its_own():
 
 
 @torch.no_grad()
-def test_a_layer_that_was_cast_is_brought_together_again():
+def test_a_layer_that_is_cast_brings_them_together_again():
     layer = make()
     run(layer)
     layer.to(torch.float64)
-    assert not is_together(layer)
-    x = torch.randn(4, K, dtype=torch.float64)
-    layer(x, adapter_names=Routing.by_row(NAMES))
+    assert layer.lora_A["a"].weight.dtype == torch.float64
     assert is_together(layer)
+
+
+def test_weights_in_shared_memory_stay_there():
+    """Hogwild's processes, and those of a data loader, write where they were told."""
+    layer = make(settle=False)
+    layer.share_memory()
+    assert all(p.is_shared() for p in layer.parameters())
+    settled = make()
+    settled.share_memory()
+    settled.settle_adapters()
+    assert all(p.is_shared() for p in settled.parameters())
 
 
 @torch.no_grad()
@@ -248,3 +273,34 @@ def test_shared_weights_stay_shared():
     one.lora_A["a"].weight.copy_(torch.randn(4, K))
     torch.testing.assert_close(run(other), expected(other))
     torch.testing.assert_close(run(one), expected(one))
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def test_a_models_adapters_lie_together_however_they_came(tmp_path):
+    model = get_peft_model(tiny_llama(torch.bfloat16), LoraConfig(target_modules=["q_proj", "up_proj"]), "a")
+    model.save_pretrained(tmp_path)
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj", "up_proj"]))
+    model.load_adapter(tmp_path / "a", "c")
+    model.load_adapter(tmp_path / "a", "d", low_cpu_mem_usage=True)
+    model.load_adapter(tmp_path / "a", "e", autocast_adapter_dtype=False)  # bf16, with nobody
+    assert len(layers_of(model)) == 2 * LAYERS
+    for layer in layers_of(model):
+        assert layer.lora_A["a"].weight.dtype == torch.float32
+        assert is_together(layer)
+
+
+def test_adapters_that_are_served_lie_together(tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = tiny_llama()
+    slots = AdapterSlots(model, 4)
+    for slot in range(4):
+        slots.load(slot, read_adapter(tmp_path))
+    for layer in layers_of(model):
+        assert is_together(layer, slots.names)
+    slots.clear(1)
+    slots.load(1, read_adapter(tmp_path))
+    for layer in layers_of(model):
+        assert is_together(layer, slots.names)

@@ -1,9 +1,11 @@
 """Where the factors of a layer's adapters lie: side by side, so that a batch of many adapters reads them as one tensor.
 
 On a CPU a batch of many adapters is bound by the number of operators. Two batched products do for all adapters at once
-if their factors lie in one piece of memory at equal distances (fastpeft_kernels.side_by_side). So the first mixed batch
-moves the data of the layer's Parameters into such memory, and later ones move those that came since. The Parameters
+if their factors lie in one piece of memory at equal distances (fastpeft_kernels.side_by_side). So whoever adds a second
+adapter to a layer, or loads or casts one, has the data of the layer's Parameters moved into such memory. The Parameters
 stay the same objects, nothing is kept twice, and nobody can tell: what anybody else holds a view of is not moved.
+
+Nothing moves during a forward: another thread's may be reading.
 """
 
 import functools
@@ -53,27 +55,19 @@ class FactorBank:
 
     def __init__(self) -> None:
         self._banks: dict[_Kind, _Bank] = {}
-        self._seen: dict[str, int] = {}  # adapter name -> address of its lora_A when it was last looked at
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FactorBank, ()
 
-    def gather(self, layer: Any, adapters: Sequence[str], As: Sequence[Tensor]) -> None:
-        """Bring all adapters of the layer together if one of these was never seen at its place.
-
-        Args:
-            layer: a LoRA layer on a CPU.
-            adapters: names that a batch takes.
-            As: their weights of lora_A.
-        """
-        if _references is None or list(map(self._seen.get, adapters)) == list(map(Tensor.data_ptr, As)):
+    def gather(self, layer: Any) -> None:
+        """Bring the factors of all adapters of a LoRA layer together, as far as they are on a CPU and nobody else's."""
+        if _references is None or (len(layer.lora_A) < 2 and not self._banks):
             return
         with torch.inference_mode(False), torch.no_grad():
             kinds: dict[_Kind, list[_Pair]] = {}
             for A, B in _movable_pairs(layer):
                 kinds.setdefault((A.shape, B.shape, A.dtype), []).append((A, B))
             self._banks = {kind: self._bank_of(kind, alike) for kind, alike in kinds.items() if len(alike) > 1}
-        self._seen = {name: module.weight.data_ptr() for name, module in layer.lora_A.items()}
 
     def _bank_of(self, kind: _Kind, pairs: Sequence[_Pair]) -> _Bank:
         bank = self._banks.get(kind)
@@ -103,8 +97,9 @@ def _movable_pairs(layer: Any) -> Iterable[_Pair]:
 
 
 def _is_movable(factor: Tensor) -> bool:
-    ordinary = type(factor) is nn.Parameter and factor.device.type == "cpu" and not factor.is_inference()
-    return ordinary and factor.is_contiguous() and factor.numel() > 0
+    if type(factor) is not nn.Parameter or factor.device.type != "cpu" or factor.is_inference():
+        return False
+    return factor.is_contiguous() and factor.numel() > 0 and not factor.is_shared()  # with other processes
 
 
 def _is_held_once(pair: _Pair) -> bool:

@@ -113,6 +113,14 @@ class LoraLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f'init_lora_weights must be True, False or "gaussian", got {init_lora_weights!r}')
         self.base.reset_factors(self, adapter_name, gaussian)
 
+    def settle_adapters(self) -> None:
+        self.factor_bank.gather(self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        moved = super()._apply(*args, **kwargs)
+        self.settle_adapters()  # each tensor for itself was cast, or brought here
+        return moved
+
     # Scaling.
 
     def _initial_scale(self, adapter: str) -> float:

@@ -82,8 +82,6 @@ def _plain_adapters(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -
     plain = plain_factors(layer, names)
     if plain is None or plain.As[0].dtype not in (x.dtype, torch.float32):
         return None
-    if len(names) > 1 and x.device.type == "cpu":
-        layer.factor_bank.gather(layer, names, plain.As)
     return _Adapters(names, *plain)
 
 
