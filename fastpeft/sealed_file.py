@@ -6,6 +6,7 @@ readers pay no heed to it.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -80,7 +81,9 @@ def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        flat = tensor.reshape(-1).cpu()
+        # Not numpy(): torch then takes the memory of the model's weights for one that is not its own any more.
+        digest.update((ctypes.c_ubyte * flat.nbytes).from_address(flat.data_ptr()))
     return digest.hexdigest()
 
 

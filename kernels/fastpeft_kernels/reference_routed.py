@@ -11,7 +11,8 @@ P is the largest number of entries that a row has, 1 in all but weighted batches
 of pass p belongs to row rows[p, e], columns past its slot's rank are zero, lines without an entry too.
 
 Slot by slot: the rows of a slot are a slice where they follow one another, else a part of one gathered copy. Small
-batches whose slots have equally many rows, in order, go through batched products instead (routed_even).
+batches whose slots have equally many rows, in order, go through batched products instead (routed_even), and inference
+on few rows a slot has ways of its own (routed_few).
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fastpeft_kernels import low_rank, routed_even
 from fastpeft_kernels.reference import add_dx_
-from fastpeft_kernels.routed_few import has_few, lora_of_few_
+from fastpeft_kernels.routed_few import add_to_few_
 from fastpeft_kernels.routed_passes import Pass, passes_of
 
 
@@ -169,10 +170,9 @@ def lora_(
 ) -> Tensor:
     """`expand_` of `shrink`, for inference."""
     in_factors_dtype = torch.promote_types(out.dtype, As[0].dtype) == As[0].dtype
-    if mask is None and weights is None and len(rows) == 1 and in_factors_dtype:
-        taken = passes_of(rows, starts)[0]
-        if has_few(taken):
-            return lora_of_few_(out, x, As, Bs, scales, taken)
+    is_plain = mask is None and weights is None and len(rows) == 1 and in_factors_dtype
+    if is_plain and add_to_few_(out, x, As, Bs, scales, passes_of(rows, starts)[0]):
+        return out
     return expand_(out, shrink(x, As, scales, rows, starts, weights, mask), Bs, rows, starts)
 
 

@@ -1,7 +1,8 @@
 """Routed LoRA in plain torch where all slots have as many rows, one slot after the other: batched products.
 
-Such are the batches of joint training. A few products for all slots together, padded to the largest rank, where slot by
-slot takes some thirty operators a slot. `reference_routed` has the specification, and says which batches come here.
+Such are the batches of joint training. A few products for all slots of a rank together, or for all slots padded to the
+largest rank where factors do not lie side by side; slot by slot takes some thirty operators a slot. `reference_routed`
+has the specification, and says which batches come here.
 
 x is (n L, K): slot i of n has rows i L to (i + 1) L.
 """
@@ -25,7 +26,7 @@ MOST_PADDING = 2.0  # times the ranks' sum
 def is_worth_it(rows: int, columns: int, ranks: Sequence[int]) -> bool:
     """Whether (rows, columns) tensors of slots with these ranks are small and alike enough."""
     padded = len(ranks) * max(ranks)
-    return len(ranks) > 1 and rows * columns <= MOST_ELEMENTS and padded <= MOST_PADDING * sum(ranks)
+    return len(ranks) > 1 and rows * columns <= MOST_ELEMENTS and 0 < padded <= MOST_PADDING * sum(ranks)
 
 
 def shrink(x: Tensor, factors: Sequence[Tensor], scales: Sequence[float], mask: Tensor | None) -> Tensor:

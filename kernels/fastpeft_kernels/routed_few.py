@@ -14,40 +14,50 @@ from fastpeft_kernels.routed_passes import Layout, Pass
 from fastpeft_kernels.routes import ranks_of
 from fastpeft_kernels.side_by_side import SideBySide, side_by_side
 
-FEW_ROWS = 256  # of a batch
-FEW_OF_A_SLOT = 32  # rows, on the average
+FEW_ROWS = 256  # of a batch: always here
+FEW_OF_A_SLOT = 32  # in larger batches, rows that every slot has
+MOST_ELEMENTS = 1 << 21  # of x or out in these, which are copied as a whole where rows are not in order
 FEW_OF_A_RANK = 4  # slots of one rank: those of fewer are not taken together
 MOST_PADDING = 2  # times the rows: what batched products may take for slots of unequal rows, and for places of no slot
 
 
-def has_few(taken: Pass) -> bool:
-    """Whether operators are what a batch of these rows takes its time for."""
-    return taken.entries <= max(FEW_ROWS, FEW_OF_A_SLOT * len(taken.segments))
-
-
-def lora_of_few_(
+def add_to_few_(
     out: Tensor, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: Pass
-) -> Tensor:
-    """out += scale · x Aᵀ Bᵀ, each row with its slot's factors, rounded once; As are of out's dtype or wider."""
-    if not taken.entries:
-        return out
+) -> bool:
+    """out += scale · x Aᵀ Bᵀ, each row with its slot's factors, rounded once; As are of out's dtype or wider.
+
+    Returns:
+        Whether it was done. Larger batches of unequal slots, or whose factors lie apart, are not for here.
+    """
+    few = taken.entries <= FEW_ROWS
+    if not few and not _may_go_together(taken, max(x.shape[1], out.shape[1])):
+        return False
     slots = [segment.slot for segment in taken.segments]
+    if not slots:
+        return True
     ranks = ranks_of([As[slot] for slot in slots], 0)
-    if 1 < len(set(ranks)) <= len(slots) // FEW_OF_A_RANK:
+    if few and 1 < len(set(ranks)) <= len(slots) // FEW_OF_A_RANK:
         for part in taken.parted(tuple(ranks)):
-            lora_of_few_(out, x, As, Bs, scales, part)
-        return out
+            add_to_few_(out, x, As, Bs, scales, part)
+        return True
     As, Bs, scales = [As[slot] for slot in slots], [Bs[slot] for slot in slots], [scales[slot] for slot in slots]
     if len(slots) > 1:
         A, B = side_by_side(As), side_by_side(Bs)
-        if A is not None and B is not None and A.places == B.places:
-            layout = taken.laid_out(A.places)
-            if layout.lines <= MOST_PADDING * taken.entries:
-                return _together_(out, x, A, B, scales, layout)
-    return _slot_by_slot_(out, x, As, Bs, scales, taken)
+        most_lines = taken.entries * (MOST_PADDING if few else 1)
+        if A and B and A.places == B.places and taken.most * len(A.stack) <= most_lines:
+            _together_(out, x, A, B, scales, taken.laid_out(A.places))
+            return True
+    if few:
+        _slot_by_slot_(out, x, As, Bs, scales, taken)
+    return few
 
 
-def _together_(out: Tensor, x: Tensor, A: SideBySide, B: SideBySide, scales: Sequence[float], layout: Layout) -> Tensor:
+def _may_go_together(taken: Pass, columns: int) -> bool:
+    equal = taken.most * len(taken.segments) == taken.entries
+    return equal and taken.most <= FEW_OF_A_SLOT and taken.entries * columns <= MOST_ELEMENTS
+
+
+def _together_(out: Tensor, x: Tensor, A: SideBySide, B: SideBySide, scales: Sequence[float], layout: Layout) -> None:
     """Two batched products; lines of no row compute something that nobody reads."""
     stack, dtype = A.stack, A.stack.dtype
     lines, sums = (
@@ -64,16 +74,16 @@ def _together_(out: Tensor, x: Tensor, A: SideBySide, B: SideBySide, scales: Seq
         alpha = 1.0
         S.mul_(S.new_tensor([by_place.get(place, 0.0) for place in range(len(stack))]).view(-1, 1, 1))
     total = sums.baddbmm_(S, B.stack.mT, alpha=alpha).view(-1, out.shape[1])
-    if layout.row_of is None:
-        return out if total.dtype == out.dtype else out.copy_(total)
-    if layout.used is not None:
-        total = total.index_select(0, layout.used)
-    return out.index_copy_(0, layout.rows, total.to(out.dtype))
+    if layout.row_of is not None:
+        used = total if layout.used is None else total.index_select(0, layout.used)
+        out.index_copy_(0, layout.rows, used.to(out.dtype))
+    elif total.dtype != out.dtype:
+        out.copy_(total)
 
 
 def _slot_by_slot_(
     out: Tensor, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: Pass
-) -> Tensor:
+) -> None:
     """With two operators a slot: all rows are gathered and widened at once."""
     if taken.in_order:
         lines, total = x[: taken.entries], out[: taken.entries]
@@ -91,4 +101,3 @@ def _slot_by_slot_(
         out.index_copy_(0, taken.index, sums.to(out.dtype))
     elif sums is not total:
         total.copy_(sums)
-    return out

@@ -44,6 +44,7 @@ class Pass:
         bounds = enumerate(pairwise(starts))
         self.segments = segments = [Segment(slot, begin, end) for slot, (begin, end) in bounds if end > begin]
         self.entries = starts[-1]
+        self.most = max([end - begin for _, begin, end in segments], default=0)  # rows of a slot
         self.index = _kept_index(order[: self.entries], device)
         self.are_slices = all(_follow_one_another(order[s.begin : s.end]) for s in segments)
         self.slices = [slice(order[s.begin], order[s.begin] + s.end - s.begin) for s in segments]
@@ -99,7 +100,7 @@ class Pass:
         return layout
 
     def _lay_out(self, places: tuple[int, ...]) -> Layout:
-        most = max(end - begin for _, begin, end in self.segments)
+        most = self.most
         row_of = [-1] * (most * (max(places) + 1))
         for place, (_, begin, end) in zip(places, self.segments, strict=True):
             row_of[place * most : place * most + end - begin] = self._order[begin:end]

@@ -1,14 +1,69 @@
 """Tensors of one shape that lie side by side in memory, seen as one: what batched products read without a copy.
 
-Nothing is remembered and nothing is moved here: whoever keeps the factors of many adapters may lay them so
-(fastpeft.tuners.lora.factor_bank), and the CPU path of the routed ops looks whether they are.
+A `Shelf` is such memory. Each tensor on it has a storage of its own, so that whoever saves, shares or counts tensors by
+their storage sees nothing but single tensors. Who puts the factors of many adapters on shelves is
+fastpeft.tuners.lora.factor_bank; the CPU path of the routed ops looks by address whether what it gets lies on one.
 """
 
+import bisect
+import sys
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_shelves: dict[int, "weakref.ref[Shelf]"] = {}  # by the address at which they begin
+_starts: tuple[int, ...] = ()  # these addresses in order
+_changing = threading.RLock()  # a shelf may be collected while another one is entered
+
+
+class Shelf:
+    """Memory on the CPU for some tensors of one shape.
+
+    Attributes:
+        stack: (places, *shape); on places without a tensor there is anything.
+    """
+
+    def __init__(self, places: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.stack = torch.empty((places, *shape), dtype=dtype, device="cpu")
+        self._memory = self.stack.view(-1).view(torch.uint8).numpy()  # the storages of the tensors hold it
+        self._alone = sys.getrefcount(self._memory)
+        self.start, self.step = self.stack.data_ptr(), self.stack[0].nbytes
+        _enter(self.start, weakref.ref(self))
+        weakref.finalize(self, _forget, self.start)
+
+    def tensor(self, place: int) -> Tensor:
+        """A tensor over this place, with a storage of its own."""
+        shape = self.stack.shape[1:]
+        count = shape.numel()
+        flat = torch.frombuffer(self._memory, dtype=self.stack.dtype, count=count, offset=place * self.step)
+        return flat.view(shape)
+
+    def place_of(self, t: Tensor) -> int | None:
+        """The place over which a tensor of the shelf's shape lies."""
+        place, rest = divmod(t.data_ptr() - self.start, self.step)
+        return place if not rest and 0 <= place < len(self.stack) else None
+
+    def storages(self) -> int:
+        """How many storages of tensors that were made here are still held by anybody."""
+        return sys.getrefcount(self._memory) - self._alone
+
+
+def _enter(start: int, shelf: "weakref.ref[Shelf]") -> None:
+    global _starts
+    with _changing:
+        _shelves[start] = shelf
+        _starts = tuple(sorted(_shelves))
+
+
+def _forget(start: int) -> None:
+    global _starts
+    with _changing:
+        del _shelves[start]
+        _starts = tuple(sorted(_shelves))
 
 
 class SideBySide(NamedTuple):
@@ -19,27 +74,33 @@ class SideBySide(NamedTuple):
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> SideBySide | None:
-    """A view of all tensors as one; None where they are not contiguous parts of one storage at equal distances.
+    """A view of all tensors as one; None where they are not different tensors of one shelf.
 
     Args:
         tensors: at least one, of one dtype, on one device, of one shape but for their rank.
     """
-    first = tensors[0]
-    if len(set(map(Tensor.numel, tensors))) > 1 or not all(map(Tensor.is_contiguous, tensors)) or not first.numel():
-        return None
     addresses = list(map(Tensor.data_ptr, tensors))
-    step = first.nbytes
-    if addresses == list(range(addresses[0], addresses[0] + step * len(tensors), step)):
-        lowest, places = addresses[0], tuple(range(len(tensors)))
+    first, lowest = tensors[0], min(addresses)
+    shelf = _shelf_at(lowest)
+    if shelf is None or shelf.stack.shape[1:] != first.shape or shelf.stack.dtype != first.dtype:
+        return None
+    if len(set(map(Tensor.numel, tensors))) > 1 or not all(map(Tensor.is_contiguous, tensors)):
+        return None
+    begin, rest = divmod(lowest - shelf.start, shelf.step)
+    if addresses == list(range(lowest, lowest + shelf.step * len(tensors), shelf.step)):
+        places = tuple(range(len(tensors)))
     else:
-        lowest = min(addresses)
-        numbers = [divmod(address - lowest, step) for address in addresses]
-        if any(rest for _, rest in numbers):
-            return None
+        numbers = [divmod(address - lowest, shelf.step) for address in addresses]
         places = tuple([place for place, _ in numbers])
-    storage, span = first.untyped_storage(), max(places) + 1
-    before = lowest - storage.data_ptr()
-    if before < 0 or before % first.itemsize or before + span * step > storage.nbytes():
-        return None  # of several storages: whatever is next to the first one's is not ours to read
-    stack = torch.as_strided(first, (span, *first.shape), (first.numel(), *first.stride()), before // first.itemsize)
-    return SideBySide(stack, places)
+        if any(rest for _, rest in numbers) or len(set(places)) < len(places):
+            return None
+    end = begin + max(places) + 1
+    return None if rest or end > len(shelf.stack) else SideBySide(shelf.stack[begin:end], places)
+
+
+def _shelf_at(address: int) -> Shelf | None:
+    """The last shelf that begins at this address or before: no other one can reach it."""
+    starts = _starts
+    number = bisect.bisect_right(starts, address)
+    found = _shelves.get(starts[number - 1]) if number else None
+    return None if found is None else found()

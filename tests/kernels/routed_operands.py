@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpeft_kernels.side_by_side import Shelf
+
 Entries = Sequence[Sequence[tuple[int, float]]]  # for each row its (slot, weight) pairs
 
 
@@ -58,16 +60,21 @@ def factors(
 
 
 def laid_side_by_side(tensors: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
-    """The same tensors as parts of one memory, whose other places hold NaN."""
+    """The same tensors on one shelf for each shape, whose other places hold NaN."""
     alike: dict[torch.Size, list[int]] = {}
     for slot, t in enumerate(tensors):
         alike.setdefault(t.shape, []).append(slot)
     moved = list(tensors)
     for shape, slots in alike.items():
-        stack = torch.full((max(places[slot] for slot in slots) + 1, *shape), float("nan"), dtype=tensors[0].dtype)
+        shelf = Shelf(max(places[slot] for slot in slots) + 1, shape, tensors[0].dtype)
+        shelf.stack.fill_(float("nan"))
         for slot in slots:
-            moved[slot] = stack[places[slot]].copy_(tensors[slot].detach())
+            moved[slot] = shelf.tensor(places[slot]).copy_(tensors[slot].detach())
+        _shelves.append(shelf)
     return moved
+
+
+_shelves: list[Shelf] = []  # a shelf that nobody keeps is not found any more
 
 
 def grads(tensors: Sequence[Any]) -> list[Tensor]:

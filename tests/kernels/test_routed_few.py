@@ -93,3 +93,50 @@ def test_factors_that_lie_differently_are_taken_one_by_one(ways):
         wanted = by_row_add(base, x, As, Bs, SCALES[:3], entries)
     assert ways == [("_slot_by_slot_", 3)]
     torch.testing.assert_close(ours, wanted)
+
+
+def many(counts, places, ways):
+    """The error of so many rows of each slot, mixed up."""
+    slots = [slot for slot, count in enumerate(counts) for _ in range(count)][::-1]
+    n = len(counts)
+    base, x = torch.randn(len(slots), N), torch.randn(len(slots), K)
+    As, Bs = factors([4] * n, K, torch.float32, "cpu"), factors([4] * n, N, torch.float32, "cpu", transposed=True)
+    with torch.no_grad(), backend("torch"):
+        As, Bs = laid_side_by_side(As, places), laid_side_by_side(Bs, places)
+        ours = lora_routed(base, x, As, Bs, SCALES[:n], *routing(one_each(slots), n, "cpu"))
+        wanted = by_row_add(base, x, As, Bs, SCALES[:n], one_each(slots))
+    torch.testing.assert_close(ours, wanted)
+    return ways
+
+
+def test_equal_slots_of_more_rows_go_together(ways, monkeypatch):
+    monkeypatch.setattr(routed_few, "FEW_ROWS", 8)
+    assert many([5, 5], [0, 1], ways) == [("_together_", 2)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "places", "limits"),
+    [
+        ([4, 6], [0, 1], {}),  # unequal
+        ([5, 5], [0, 2], {}),  # a gap
+        ([5, 5], [0, 1], {"FEW_OF_A_SLOT": 4}),
+        ([5, 5], [0, 1], {"MOST_ELEMENTS": 10 * N - 1}),
+    ],
+)
+def test_others_of_more_rows_are_left_to_the_general_way(counts, places, limits, ways, monkeypatch):
+    monkeypatch.setattr(routed_few, "FEW_ROWS", 8)
+    for name, value in limits.items():
+        monkeypatch.setattr(routed_few, name, value)
+    assert many(counts, places, ways) == []
+
+
+def test_slots_with_the_same_factors(ways):
+    """Two slots, one adapter: each row of both is computed, by its slot's scale."""
+    base, x = torch.randn(4, N), torch.randn(4, K)
+    A, B = laid_side_by_side([torch.randn(4, K)], [0])[0], laid_side_by_side([torch.randn(N, 4)], [0])[0]
+    entries = one_each([0, 1, 0, 1])
+    with torch.no_grad(), backend("torch"):
+        ours = lora_routed(base, x, [A, A], [B, B], SCALES[:2], *routing(entries, 2, "cpu"))
+        wanted = by_row_add(base, x, [A, A], [B, B], SCALES[:2], entries)
+    torch.testing.assert_close(ours, wanted)
+    assert ways == [("_slot_by_slot_", 2)]

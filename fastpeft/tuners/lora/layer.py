@@ -116,6 +116,10 @@ class LoraLayer(nn.Module, BaseTunerLayer):
     def settle_adapters(self) -> None:
         self.factor_bank.gather(self)
 
+    def discard_adapter(self, adapter_name: str) -> None:
+        super().discard_adapter(adapter_name)
+        self.settle_adapters()
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         moved = super()._apply(*args, **kwargs)
         self.settle_adapters()  # each tensor for itself was cast, or brought here
