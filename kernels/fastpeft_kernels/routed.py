@@ -36,9 +36,9 @@ from fastpeft_kernels.routed_ops import (
 from fastpeft_kernels.routes import (
     check_factors,
     check_mask,
+    check_pairs,
     check_routing,
     check_scales,
-    ranks_of,
     routed_input,
 )
 
@@ -143,19 +143,12 @@ def lora_routed(
         S = shrink_routed(x, As, scales, rows, starts, weights, mask)
         return expand_routed(base, S, Bs, rows, starts)
     x = routed_input(x, As)
-    check_factors(As, "As", 1, x.shape[1])
     if base.ndim != 2 or base.shape[0] != x.shape[0]:
         raise ValueError(f"base must be (M, N) of x's {x.shape[0]} rows; got {tuple(base.shape)}")
-    check_factors(Bs, "Bs", 0, base.shape[1])
+    check_pairs(As, Bs, x.shape[1], base.shape[1])
     check_routing(x, len(As), rows, starts, weights)
     check_scales(scales, As)
     check_mask(mask, x)
-    ranks = ranks_of(As, 0), ranks_of(Bs, 1)
-    if ranks[0] != ranks[1] or As[0].dtype != Bs[0].dtype:
-        raise ValueError(
-            f"As and Bs must fit each other slot by slot; got ranks {ranks[0]} of {As[0].dtype} and {ranks[1]} of "
-            f"{Bs[0].dtype}"
-        )
     out: Tensor
     if torch.compiler.is_compiling():
         out = _lora_routed(base, x, As, Bs, scales, rows, starts, weights, mask)

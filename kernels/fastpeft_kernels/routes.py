@@ -36,7 +36,7 @@ def check_factors(factors: Sequence[Tensor], name: str, dim: int, columns: int) 
     """Each is a matrix whose dimension `dim` has `columns` entries, the other one is its rank; all are of one dtype."""
     if not factors:
         raise ValueError(f"{name} must hold a matrix for each slot, got none: call the base layer alone")
-    if not torch.compiler.is_compiling() and _all_fit(factors, dim, columns):
+    if not torch.compiler.is_compiling() and _all_alike(factors) and _have(factors, dim, columns):
         return
     dtype = factors[0].dtype
     for slot, factor in enumerate(factors):
@@ -48,13 +48,32 @@ def check_factors(factors: Sequence[Tensor], name: str, dim: int, columns: int) 
             raise ValueError(f"{name} must be of one dtype; got {dtype} for slot 0 and {factor.dtype} for slot {slot}")
 
 
-def _all_fit(factors: Sequence[Tensor], dim: int, columns: int) -> bool:
-    """The same question about all of them: asked one by one, 64 answers take as long as their products for a token."""
-    return (
-        set(map(Tensor.dim, factors)) == {2}
-        and set(map(Tensor.size, factors, repeat(dim))) == {columns}
-        and len(set(map(_dtype, factors))) == 1
-    )
+# The same questions about all factors at once: asked one by one, 64 answers take as long as their products for a token.
+
+
+def _all_alike(factors: Sequence[Tensor]) -> bool:
+    """Whether they are matrices of one dtype."""
+    return set(map(Tensor.dim, factors)) == {2} and len(set(map(_dtype, factors))) == 1
+
+
+def _have(factors: Sequence[Tensor], dim: int, columns: int) -> bool:
+    return set(map(Tensor.size, factors, repeat(dim))) == {columns}
+
+
+def check_pairs(As: Sequence[Tensor], Bs: Sequence[Tensor], K: int, N: int) -> None:
+    """A (r_j, K) and B (N, r_j) of one dtype for every slot."""
+    if not torch.compiler.is_compiling() and As and _all_alike([*As, *Bs]):
+        ranks_fit = ranks_of(As, 0) == ranks_of(Bs, 1)
+        if ranks_fit and _have(As, 1, K) and _have(Bs, 0, N):
+            return
+    check_factors(As, "As", 1, K)
+    check_factors(Bs, "Bs", 0, N)
+    ranks = ranks_of(As, 0), ranks_of(Bs, 1)
+    if ranks[0] != ranks[1] or As[0].dtype != Bs[0].dtype:
+        raise ValueError(
+            f"As and Bs must fit each other slot by slot; got ranks {ranks[0]} of {As[0].dtype} and {ranks[1]} of "
+            f"{Bs[0].dtype}"
+        )
 
 
 def ranks_of(factors: Sequence[Tensor], dim: int) -> list[int]:

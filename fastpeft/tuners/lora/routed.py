@@ -35,6 +35,12 @@ class _Adapters(NamedTuple):
     As: Sequence[Tensor]
     Bs: Sequence[Tensor]
     ps: Sequence[float]
+    are_sums: bool = False  # all of them, for sure
+
+    @classmethod
+    def of(cls, adapters: Sequence[_Adapter]) -> "_Adapters":
+        names, As, Bs, ps = zip(*adapters, strict=True)
+        return cls(names, As, Bs, ps)
 
 
 def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,13 +62,13 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     readable = _adapters_for_ops(layer, names, x, base)
     dtypes = dict.fromkeys(adapter.A.dtype for adapter in readable)
     if len(readable) == len(names) and len(dtypes) == 1:
-        return _add_together(layer, _Adapters(*zip(*readable, strict=True)), tables, base, x, _is_fresh(layer))
+        return _add_together(layer, _Adapters.of(readable), tables, base, x, _is_fresh(layer))
     out = base
     together = [adapter for adapter in readable if layer.variants[adapter.name].is_a_sum]  # others scale what is there
     for dtype in dtypes:
         if group := [adapter for adapter in together if adapter.A.dtype == dtype]:
             tables = routing.tables(shape, tuple(adapter.name for adapter in group), x.device)
-            out = _add_together(layer, _Adapters(*zip(*group, strict=True)), tables, out, x)
+            out = _add_together(layer, _Adapters.of(group), tables, out, x)
     for name in [name for name in names if all(adapter.name != name for adapter in together)]:
         lines = _lines_of(routing, shape, name, x.device)
         if len(lines.rows) or torch.is_grad_enabled():  # distributed training wants a gradient of everybody
@@ -82,7 +88,7 @@ def _plain_adapters(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -
     plain = plain_factors(layer, names)
     if plain is None or plain.As[0].dtype not in (x.dtype, torch.float32):
         return None
-    return _Adapters(names, *plain)
+    return _Adapters(names, *plain, are_sums=True)
 
 
 def _adapters_for_ops(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -> list[_Adapter]:
@@ -125,7 +131,7 @@ def _add_together(
     overwrite: bool = False,
 ) -> Tensor:
     """out with these adapters, by the routed ops; `overwrite`: they may change out itself."""
-    names, As, Bs, ps = adapters
+    names, As, Bs, ps, _ = adapters
     flat = out.reshape(-1, out.shape[-1])
     scales = [layer.scaling[name] for name in names]
     if isinstance(layer.base, EmbeddingBase):
@@ -133,7 +139,7 @@ def _add_together(
         S = gather_routed(x.reshape(-1), As, scales, rows, starts, weights)
         factor = layer.base.embed_scale(layer.get_base_layer())
         return expand_routed(flat, S if factor is None else S * factor.to(S.dtype), Bs, rows, starts).view(out.shape)
-    vectors = _row_scales(layer, names)
+    vectors = [] if adapters.are_sums else _row_scales(layer, names)
     bias = layer.get_base_layer().bias if vectors else None
     bias = None if bias is None else bias.detach()
     if vectors and tables.weights is not None:  # each adds (g - 1) · base + g · s B A x, times its weight
