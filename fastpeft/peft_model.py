@@ -25,6 +25,7 @@ from fastpeft.routing_scope import is_anothers, is_routed, routed
 from fastpeft.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from fastpeft.utils.frozen_head import rows_of_head_together
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from fastpeft.utils.walks import forget_gradients
 
 if TYPE_CHECKING:
     from fastpeft.model_tasks import (
@@ -119,6 +120,13 @@ class PeftModel(SavedAdapters, BatchGeneration, nn.Module):
         """
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model()(*args, **self._base_kwargs(kwargs))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As nn.Module's."""
+        if set_to_none and not getattr(self, "_is_replica", False):
+            forget_gradients(self)
+        else:
+            super().zero_grad(set_to_none)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate with the active adapters; `adapter_names` as in forward."""

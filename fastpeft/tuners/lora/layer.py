@@ -4,7 +4,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fastpeft.tuners.lora.routed import routed_forward
 from fastpeft.tuners.lora.variants import LoraVariant, variant_for
 from fastpeft.tuners.shared_inputs import InputGroup
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
+from fastpeft.utils.walks import set_mode_below
 from fastpeft.utils.warning import PeftWarning
 
 
@@ -124,6 +125,13 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         moved = super()._apply(*args, **kwargs)
         self.settle_adapters()  # each tensor for itself was cast, or brought here
         return moved
+
+    def train(self, mode: bool = True) -> Self:
+        if not isinstance(mode, bool):
+            raise ValueError(f"training mode is expected to be boolean, got {mode!r}")
+        self.training = mode
+        set_mode_below(self, mode)
+        return self
 
     # Scaling.
 
