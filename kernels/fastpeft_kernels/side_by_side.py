@@ -6,6 +6,7 @@ fastpeft.tuners.lora.factor_bank; the CPU path of the routed ops looks by addres
 """
 
 import bisect
+import ctypes
 import sys
 import threading
 import weakref
@@ -29,7 +30,8 @@ class Shelf:
 
     def __init__(self, places: int, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.stack = torch.empty((places, *shape), dtype=dtype, device="cpu")
-        self._memory = self.stack.view(-1).view(torch.uint8).numpy()  # the storages of the tensors hold it
+        self._memory = (ctypes.c_ubyte * self.stack.nbytes).from_address(self.stack.data_ptr())
+        self._memory.owner = self.stack  # type: ignore[attr-defined]  # storages of the tensors hold this buffer
         self._alone = sys.getrefcount(self._memory)
         self.start, self.step = self.stack.data_ptr(), self.stack[0].nbytes
         _enter(self.start, weakref.ref(self))

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -79,10 +80,15 @@ def test_the_memory_lives_as_long_as_a_tensor_and_is_forgotten_with_the_shelf():
     shelf = filled(3)
     start, value = shelf.start, shelf.stack[1].clone()
     a, b = shelf.tensor(1), shelf.tensor(2)
+    memory = weakref.ref(shelf.stack)
     assert start in module._shelves
     del shelf
     gc.collect()
+    assert memory() is not None
     assert start not in module._shelves
     assert start not in module._starts
     assert side_by_side([a, b]) is None
     assert torch.equal(a, value)
+    del a, b
+    gc.collect()
+    assert memory() is None
