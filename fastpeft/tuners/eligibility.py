@@ -6,6 +6,7 @@ forward, because hooks come and go; nothing is remembered. They read the modules
 look-up, thirty times a forward, would cost as much as the products of a single row.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,6 +61,21 @@ def watched(name: str, module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook is registered on {name}"
     return f"the forward of {name} was replaced" if "forward" in module.__dict__ else None
+
+
+def any_watched(modules: Iterable[nn.Module]) -> bool:
+    """`watched` of many modules, where nobody asks for the reason: on the way of every token."""
+    for module in modules:
+        table = module.__dict__
+        if (
+            table["_forward_hooks"]
+            or table["_forward_pre_hooks"]
+            or table["_backward_hooks"]
+            or table["_backward_pre_hooks"]
+            or "forward" in table
+        ):
+            return True
+    return False
 
 
 def is_ordinary(x: Tensor) -> bool:

@@ -23,7 +23,6 @@ class Segment(NamedTuple):
 class Layout(NamedTuple):
     """Lines for a batched product: place after place, as many lines each as the largest slot has rows."""
 
-    lines: int
     row_of: Tensor | None  # (lines,) the row of each line, where a line has none any row; None: line i is row i
     used: Tensor | None  # (entries,) the lines that have a row; None: all of them
     rows: Tensor  # (entries,) the rows of these
@@ -105,11 +104,10 @@ class Pass:
         for place, (_, begin, end) in zip(places, self.segments, strict=True):
             row_of[place * most : place * most + end - begin] = self._order[begin:end]
         if row_of == list(range(len(self._order))):
-            return Layout(len(row_of), None, None, self.index)
+            return Layout(None, None, self.index)
         used = [line for line, row in enumerate(row_of) if row >= 0]
         device = self.index.device
         return Layout(
-            len(row_of),
             _kept_index([max(row, 0) for row in row_of], device),
             None if len(used) == len(row_of) else _kept_index(used, device),
             _kept_index([row_of[line] for line in used], device),

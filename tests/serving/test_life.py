@@ -11,6 +11,21 @@ from fastpeft.serving import AdapterLoadError, EngineStoppedError, RequestCancel
 from fastpeft.serving import registry as registry_module
 
 
+@pytest.fixture
+def slow_reads(monkeypatch):
+    """(set when an adapter is being read, what it waits for before it goes on)."""
+    reading, go_on = threading.Event(), threading.Event()
+    read = registry_module.read_adapter
+
+    def read_slowly(path, limit):
+        reading.set()
+        assert go_on.wait(WAIT)
+        return read(path, limit)
+
+    monkeypatch.setattr(registry_module, "read_adapter", read_slowly)
+    return reading, go_on
+
+
 def test_callbacks_that_fail_or_call_back(engine, answer, tmp_path, maker):
     """A future's callback may ask the engine for more, wait for it, and must not end it."""
     engine.add_adapter("x", maker.save(tmp_path, 0, cases.LORA_KINDS[0]))
@@ -73,16 +88,8 @@ def test_cancelling_a_request_that_has_just_ended(engine, answer, monkeypatch):
     assert handle.result(WAIT) == answer
 
 
-def test_futures_when_the_engine_stops(good, tmp_path, maker, monkeypatch):
-    reading, go_on = threading.Event(), threading.Event()
-    read = registry_module.read_adapter
-
-    def read_slowly(path, limit):
-        reading.set()
-        assert go_on.wait(WAIT)
-        return read(path, limit)
-
-    monkeypatch.setattr(registry_module, "read_adapter", read_slowly)
+def test_futures_when_the_engine_stops(good, tmp_path, maker, slow_reads):
+    reading, go_on = slow_reads
     engine = cases.engine()
     for name in ("read", "waits", "pinned"):
         engine.add_adapter(name, good)
@@ -123,18 +130,10 @@ def test_cancelled_futures(engine, answer, tmp_path, maker):
     assert engine.submit(PROMPT, "x").result(WAIT) == answer
 
 
-def test_cancelling_while_the_adapter_is_read(engine, answer, tmp_path, maker, monkeypatch):
+def test_cancelling_while_the_adapter_is_read(engine, answer, tmp_path, maker, monkeypatch, slow_reads):
     folder = maker.save(tmp_path / "slow", 1, cases.LORA_KINDS[0])
     engine.add_adapter("slow", folder)
-    reading, go_on = threading.Event(), threading.Event()
-    read = registry_module.read_adapter
-
-    def read_slowly(path, limit):
-        reading.set()
-        assert go_on.wait(WAIT)
-        return read(path, limit)
-
-    monkeypatch.setattr(registry_module, "read_adapter", read_slowly)
+    reading, go_on = slow_reads
     handle = engine.submit(PROMPT, "slow")
     assert reading.wait(WAIT)
     assert handle.cancel()
@@ -169,18 +168,10 @@ def test_a_disk_that_hangs_holds_up_nobody_else(engine, good, answer, tmp_path, 
     assert handle.result(WAIT)
 
 
-def test_a_stop_that_waits_can_be_hurried(good, monkeypatch):
+def test_a_stop_that_waits_can_be_hurried(good, slow_reads):
     engine = cases.engine().start()
     engine.add_adapter("good", good)
-    started, go_on = threading.Event(), threading.Event()
-    read = registry_module.read_adapter
-
-    def read_slowly(path, limit):
-        started.set()
-        assert go_on.wait(WAIT)
-        return read(path, limit)
-
-    monkeypatch.setattr(registry_module, "read_adapter", read_slowly)
+    started, go_on = slow_reads
     handle = engine.submit(PROMPT, "good")
     assert started.wait(WAIT)
     waiting = threading.Thread(target=engine.stop)

@@ -13,6 +13,7 @@ from fastpeft.routing_scope import routed
 from fastpeft.tuners.ia3 import IA3Config
 from fastpeft.tuners.ia3.layer import Linear as IA3Linear
 from fastpeft.tuners.lora import LoraConfig
+from fastpeft.tuners.lora.fused import adapter_parts, plain_factors
 from fastpeft.tuners.lora.layer import Embedding, Linear
 from fastpeft.utils.auxiliary import ModulesToSaveWrapper
 from fastpeft_kernels.dropout import dropout_scale
@@ -375,3 +376,35 @@ def test_who_has_no_rows_gets_zeros_where_gradients_are_recorded():
     assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
     assert not layer.lora_B["b"].weight.grad.any()
     assert layer.lora_B["a"].weight.grad.any()
+
+
+DISTURBANCES = {
+    "hook on lora_A": lambda layer: layer.lora_A["b"].register_forward_hook(lambda *_: None),
+    "hook on lora_B": lambda layer: layer.lora_B["b"].register_forward_pre_hook(lambda *_: None),
+    "hook on the dropout": lambda layer: layer.lora_dropout["b"].register_forward_hook(lambda *_: None),
+    "replaced forward": lambda layer: setattr(layer.lora_A["b"], "forward", nn.Linear(K, 3).forward),
+    "another Linear": lambda layer: setattr(layer.lora_A["b"], "__class__", type("Other", (nn.Linear,), {})),
+    "another dropout": lambda layer: layer.lora_dropout.update({"b": nn.AlphaDropout(0.1)}),
+    "bias": lambda layer: layer.lora_B["b"].register_parameter("bias", nn.Parameter(torch.zeros(N))),
+    "no Parameter": lambda layer: layer.lora_A["b"]._parameters.update(weight=torch.randn(3, K)),
+    "meta": lambda layer: layer.lora_A["b"].to("meta"),
+    "dtypes differ": lambda layer: layer.lora_B["b"].double(),
+    "casting off": lambda layer: setattr(layer, "cast_input_dtype_enabled", False),
+}
+
+
+@pytest.mark.parametrize("kind", DISTURBANCES)
+def test_many_adapters_are_judged_as_one_by_one(kind):
+    layer = lora_of(nn.Linear(K, N), dora=())
+    plain = plain_factors(layer, "abcd")
+    for name, *parts in zip("abcd", *plain, strict=True):
+        assert all(ours is theirs for ours, theirs in zip(parts[:2], adapter_parts(layer, name)[:2], strict=True))
+    DISTURBANCES[kind](layer)
+    assert isinstance(adapter_parts(layer, "b"), str)
+    assert plain_factors(layer, "abcd") is None
+
+
+def test_many_adapters_with_one_that_is_no_sum():
+    layer = lora_of(nn.Linear(K, N))
+    assert plain_factors(layer, "abcd") is None
+    assert plain_factors(layer, "abc") is not None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.tuners.eligibility import is_ordinary, watched_everywhere
+from fastpeft.tuners.eligibility import any_watched, is_ordinary, watched_everywhere
 from fastpeft_kernels.lora import inferring_few
 from fastpeft_kernels.reference import lora_linear_of_few
 
@@ -31,16 +31,8 @@ def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
     dropout = modules["lora_dropout"]._modules[name]
     if not type(base) is type(A) is type(B) is nn.Linear or type(dropout) not in _DO_NOTHING or dropout.training:
         return None
-    for module in (base, A, B, dropout):
-        table = module.__dict__
-        if (
-            table["_forward_hooks"]
-            or table["_forward_pre_hooks"]
-            or table["_backward_hooks"]
-            or table["_backward_pre_hooks"]
-            or "forward" in table
-        ):
-            return None
+    if any_watched((base, A, B, dropout)):
+        return None
     bias: Any = base._parameters["bias"]
     W: Any = base._parameters["weight"]
     a: Any = A._parameters["weight"]

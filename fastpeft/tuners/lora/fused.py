@@ -9,19 +9,18 @@ When is in fastpeft.tuners.eligibility: what others hung on a module must run, s
 
 from collections.abc import Sequence
 from itertools import chain, repeat
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastpeft.tuners.eligibility import base_parts, is_ordinary, plain_weight, watched, watched_everywhere
+from fastpeft.tuners.eligibility import any_watched, base_parts, is_ordinary, plain_weight, watched, watched_everywhere
 from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
 from fastpeft_kernels import LoraOperands, current_product, lora_add, lora_group, lora_linear
 from fastpeft_kernels.lora import inferring_few
 
 _LINEAR, _DROPOUTS, _PARAMETER = {nn.Linear}, {nn.Identity, nn.Dropout}, {nn.Parameter}
-_parameters = itemgetter("_parameters")
 _is_meta, _dtype, _is_a_sum = attrgetter("is_meta"), attrgetter("dtype"), attrgetter("is_a_sum")
 
 
@@ -73,17 +72,9 @@ def plain_factors(layer: Any, adapters: Sequence[str]) -> PlainFactors | None:
         return None
     if watched_everywhere() or not layer.cast_input_dtype_enabled:
         return None
-    tables = [module.__dict__ for module in chain(As, Bs, dropouts)]
-    for table in tables:
-        if (
-            table["_forward_hooks"]
-            or table["_forward_pre_hooks"]
-            or table["_backward_hooks"]
-            or table["_backward_pre_hooks"]
-            or "forward" in table
-        ):
-            return None
-    parameters = list(map(_parameters, tables[: 2 * len(As)]))
+    if any_watched(chain(As, Bs, dropouts)):
+        return None
+    parameters = [module._parameters for module in chain(As, Bs)]
     weights: list[Any] = list(map(dict.get, parameters, repeat("weight")))
     if set(map(type, weights)) != _PARAMETER or any(map(_is_meta, weights)) or len(set(map(_dtype, weights))) > 1:
         return None
