@@ -1,7 +1,7 @@
 """The routing in force: who entered it, which layers follow it, and how it gets through activation checkpoints."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,14 +81,13 @@ def routing_for(layer: nn.Module) -> Routing | None:
                 _unrecorded.discard(layer)  # it is called without a routing: a recomputation would be one without, too
             elif torch.is_grad_enabled():
                 raise RuntimeError(_UNKNOWN_CHECKPOINT)
+    elif torch.is_grad_enabled():
+        hooks = hooks_around()
+        if is_checkpoint(hooks) and (entry.hooks is None or hooks[0] is not entry.hooks[0]):  # type: ignore[index]
+            raise RuntimeError(_UNKNOWN_CHECKPOINT)
     elif entry.recorded:
-        if not torch.is_grad_enabled():
-            _unrecorded.add(layer)  # a reentrant checkpoint, or a part of the model that is not trained
-            _any_unrecorded = True
-        else:
-            hooks = hooks_around()
-            if is_checkpoint(hooks) and (entry.hooks is None or hooks[0] is not entry.hooks[0]):  # type: ignore[index]
-                raise RuntimeError(_UNKNOWN_CHECKPOINT)
+        _unrecorded.add(layer)  # a reentrant checkpoint, or a part of the model that is not trained
+        _any_unrecorded = True
     return routing
 
 
@@ -99,9 +98,9 @@ _UNKNOWN_CHECKPOINT = (
 )
 
 
-def carry_through_checkpoints(model: nn.Module) -> None:
-    """Let transformers' own checkpoints bring the routing back when they recompute; once for all of a model."""
-    for module in model.modules():
+def carry_through_checkpoints(modules: Iterable[nn.Module]) -> None:
+    """Let transformers' own checkpoints, where these modules have one, bring the routing back when they recompute."""
+    for module in modules:
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is None or getattr(checkpoint, "func", None) is _checkpoint_routed:
             continue

@@ -1,13 +1,16 @@
 """A mixed batch: the `adapter_names` that a model is given, and how generation repeats its rows."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastpeft.routing import as_routing, check_names
 from fastpeft.routing_scope import carry_through_checkpoints, entered, is_routed
+from fastpeft.tuners.tuner_layer import BaseTunerLayer
+from fastpeft.utils.walks import all_modules
 
 
 @contextmanager
@@ -21,16 +24,26 @@ def following(model: nn.Module, known: Collection[str], options: Mapping[str, An
     adapter_names = options.get("adapter_names")
     if adapter_names is None:
         if is_routed():  # by a block of the user's
-            carry_through_checkpoints(model)
+            _reach_checkpoints(model)
         yield
         return
     routing = as_routing(adapter_names)
     check_names(routing, known)
     if repeats := _repeats_of_rows(options):
         routing = routing.expanded(*repeats)
-    carry_through_checkpoints(model)
+    _reach_checkpoints(model)
     with entered(routing, model):
         yield
+
+
+def _reach_checkpoints(model: nn.Module) -> None:
+    if torch.is_grad_enabled() or model.training:  # else nothing is recomputed, and a walk is long for one token
+        carry_through_checkpoints(all_modules(model, _outside_of_adapters))
+
+
+def _outside_of_adapters(part: nn.Module) -> Iterable[nn.Module | None]:
+    """The modules below this one, but for those of adapters, of which there may be thousands."""
+    return (part.base_layer,) if isinstance(part, BaseTunerLayer) else part._modules.values()
 
 
 def _repeats_of_rows(options: Mapping[str, Any]) -> set[int]:

@@ -4,7 +4,7 @@ An adapted layer is ten small modules and more. nn.Module sets `training` throug
 way of names that nobody asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -24,18 +24,25 @@ def set_mode_below(module: nn.Module, mode: bool) -> None:
 
 def forget_gradients(module: nn.Module) -> None:
     """`zero_grad(set_to_none=True)` of a module and all below it."""
-    for part in _all_modules(module):
+    for part in all_modules(module):
         for parameter in part._parameters.values():
             if parameter is not None and parameter.grad is not None:
                 parameter.grad = None
 
 
-def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
+def _children(part: nn.Module) -> Iterable[nn.Module | None]:
+    return part._modules.values()
+
+
+def all_modules(
+    module: nn.Module, children: Callable[[nn.Module], Iterable[nn.Module | None]] = _children
+) -> Iterator[nn.Module]:
+    """A module and all below it, each once, in no promised order; below a module are its `children`."""
     seen, waiting = {id(module)}, [module]
     while waiting:
         part = waiting.pop()
         yield part
-        for child in part._modules.values():
+        for child in children(part):
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 waiting.append(child)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels.routed_passes import Layout, Pass
+from fastpeft_kernels.routed_passes import Layout, Pass, passes_of
 from fastpeft_kernels.routes import ranks_of
 from fastpeft_kernels.side_by_side import SideBySide, side_by_side
 
@@ -21,6 +21,67 @@ FEW_OF_A_RANK = 4  # slots of one rank: those of fewer are not taken together
 MOST_PADDING = 2  # times the rows: what batched products may take for slots of unequal rows, and for places of no slot
 
 
+class Products:
+    """Slots of one rank whose factors lie side by side, and the rows they have: two batched products, used repeatedly.
+
+    What it was made of must stay as it is: the memory of the factors, the scales, who has which row.
+    """
+
+    def __init__(self, A: SideBySide, B: SideBySide, scales: Sequence[float], layout: Layout) -> None:
+        self._A, self._B, self._layout = A.stack, B.stack, layout
+        self._alpha, self._scales = scales[0], None
+        if scales.count(scales[0]) < len(scales):
+            by_place = dict(zip(A.places, scales, strict=True))
+            of_places = [by_place.get(place, 0.0) for place in range(len(A.stack))]
+            self._alpha, self._scales = 1.0, A.stack.new_tensor(of_places).view(-1, 1, 1)
+
+    def add_to_(self, out: Tensor, x: Tensor) -> None:
+        """out (M, N) += scale · x Aᵀ Bᵀ for x (M, K); lines of no row compute something that nobody reads."""
+        A, B, layout, alpha = self._A, self._B, self._layout, self._alpha
+        lines = self._by_place(x)
+        if lines.shape[1] <= 2:  # of a row or two MKL makes twice as quick work so
+            S = torch.bmm(A, lines.mT).mT.contiguous()
+        else:
+            S = torch.bmm(lines, A.mT)
+        if self._scales is not None:
+            S.mul_(self._scales)
+        if layout.row_of is None:
+            total = self._by_place(out).baddbmm_(S, B.mT, alpha=alpha)
+            if total.dtype != out.dtype:
+                out.copy_(total.view(out.shape))
+        elif out.dtype == A.dtype:
+            out.index_add_(0, layout.rows, _used(torch.bmm(S, B.mT), layout), alpha=alpha)
+        else:  # one rounding, of the sum
+            total = _used(self._by_place(out).baddbmm_(S, B.mT, alpha=alpha), layout)
+            out.index_copy_(0, layout.rows, total.to(out.dtype))
+
+    def _by_place(self, t: Tensor) -> Tensor:
+        """Rows of t as the lines of each place, (places, lines, columns) in the factors' dtype."""
+        row_of = self._layout.row_of
+        lines = t if row_of is None else t.index_select(0, row_of)
+        return lines.to(self._A.dtype).reshape(len(self._A), -1, t.shape[1])
+
+
+def _used(by_place: Tensor, layout: Layout) -> Tensor:
+    """The lines that have a row: (entries, columns)."""
+    lines = by_place.view(-1, by_place.shape[2])
+    return lines if layout.used is None else lines.index_select(0, layout.used)
+
+
+def products_of_few(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], rows: Tensor, starts: Tensor
+) -> list[Products] | None:
+    """What adds all adapters to the few rows that have one; None where batched products are not all of it.
+
+    Args are those of `lora_routed`, without weights or a mask.
+    """
+    passes = passes_of(rows, starts)
+    if len(passes) != 1 or passes[0].entries > FEW_ROWS:
+        return None
+    found = [_products(As, Bs, scales, part, MOST_PADDING) for part in _parts_of_one_rank(As, passes[0])]
+    return None if None in found else found  # type: ignore[return-value]
+
+
 def add_to_few_(
     out: Tensor, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: Pass
 ) -> bool:
@@ -29,27 +90,19 @@ def add_to_few_(
     Returns:
         Whether it was done. Larger batches of unequal slots, or whose factors lie apart, are not for here.
     """
-    few = taken.entries <= FEW_ROWS
-    if not few and not _may_go_together(taken, max(x.shape[1], out.shape[1])):
-        return False
-    slots = [segment.slot for segment in taken.segments]
-    if not slots:
-        return True
-    ranks = ranks_of([As[slot] for slot in slots], 0)
-    if few and 1 < len(set(ranks)) <= len(slots) // FEW_OF_A_RANK:
-        for part in taken.parted(tuple(ranks)):
-            add_to_few_(out, x, As, Bs, scales, part)
-        return True
-    As, Bs, scales = [As[slot] for slot in slots], [Bs[slot] for slot in slots], [scales[slot] for slot in slots]
-    if len(slots) > 1:
-        A, B = side_by_side(As), side_by_side(Bs)
-        most_lines = taken.entries * (MOST_PADDING if few else 1)
-        if A and B and A.places == B.places and taken.most * len(A.stack) <= most_lines:
-            _together_(out, x, A, B, scales, taken.laid_out(A.places))
-            return True
-    if few:
-        _slot_by_slot_(out, x, As, Bs, scales, taken)
-    return few
+    if taken.entries > FEW_ROWS:
+        columns = max(x.shape[1], out.shape[1])
+        together = _products(As, Bs, scales, taken, 1) if _may_go_together(taken, columns) else None
+        if together is not None:
+            together.add_to_(out, x)
+        return together is not None
+    for part in _parts_of_one_rank(As, taken):
+        together = _products(As, Bs, scales, part, MOST_PADDING)
+        if together is not None:
+            together.add_to_(out, x)
+        else:
+            _slot_by_slot_(out, x, As, Bs, scales, part)
+    return True
 
 
 def _may_go_together(taken: Pass, columns: int) -> bool:
@@ -57,34 +110,33 @@ def _may_go_together(taken: Pass, columns: int) -> bool:
     return equal and taken.most <= FEW_OF_A_SLOT and taken.entries * columns <= MOST_ELEMENTS
 
 
-def _together_(out: Tensor, x: Tensor, A: SideBySide, B: SideBySide, scales: Sequence[float], layout: Layout) -> None:
-    """Two batched products; lines of no row compute something that nobody reads."""
-    stack, dtype = A.stack, A.stack.dtype
-    lines, sums = (
-        (t if layout.row_of is None else t.index_select(0, layout.row_of)).to(dtype).reshape(len(stack), -1, t.shape[1])
-        for t in (x, out)
-    )
-    if lines.shape[1] <= 2:  # of a row or two MKL makes twice as quick work so
-        S = torch.bmm(stack, lines.mT).mT.contiguous()
-    else:
-        S = torch.bmm(lines, stack.mT)
-    alpha = scales[0]
-    if scales.count(alpha) < len(scales):
-        by_place = dict(zip(A.places, scales, strict=True))
-        alpha = 1.0
-        S.mul_(S.new_tensor([by_place.get(place, 0.0) for place in range(len(stack))]).view(-1, 1, 1))
-    total = sums.baddbmm_(S, B.stack.mT, alpha=alpha).view(-1, out.shape[1])
-    if layout.row_of is not None:
-        used = total if layout.used is None else total.index_select(0, layout.used)
-        out.index_copy_(0, layout.rows, used.to(out.dtype))
-    elif total.dtype != out.dtype:
-        out.copy_(total)
+def _parts_of_one_rank(As: Sequence[Tensor], taken: Pass) -> list[Pass]:
+    """The pass by ranks, where enough slots have the same one; no part where there are no slots."""
+    ranks = ranks_of([As[segment.slot] for segment in taken.segments], 0)
+    if 1 < len(set(ranks)) <= len(ranks) // FEW_OF_A_RANK:
+        return taken.parted(tuple(ranks))
+    return [taken] if ranks else []
+
+
+def _products(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: Pass, most_padding: int
+) -> Products | None:
+    """All slots of a pass at once, where that is possible and takes no more lines than so many times the rows."""
+    slots = [segment.slot for segment in taken.segments]
+    if len(slots) < 2:
+        return None
+    A, B = side_by_side([As[slot] for slot in slots]), side_by_side([Bs[slot] for slot in slots])
+    if A is None or B is None or A.places != B.places or taken.most * len(A.stack) > taken.entries * most_padding:
+        return None
+    return Products(A, B, [scales[slot] for slot in slots], taken.laid_out(A.places))
 
 
 def _slot_by_slot_(
     out: Tensor, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: Pass
 ) -> None:
     """With two operators a slot: all rows are gathered and widened at once."""
+    slots = [segment.slot for segment in taken.segments]
+    As, Bs, scales = [As[slot] for slot in slots], [Bs[slot] for slot in slots], [scales[slot] for slot in slots]
     if taken.in_order:
         lines, total = x[: taken.entries], out[: taken.entries]
     else:

@@ -14,33 +14,42 @@ SCALES = (0.7, 1.3, 0.4, 2.0, 1.1, 0.9, 0.3, 1.7)
 
 @pytest.fixture
 def ways(monkeypatch):
-    """How slots were computed, in order: (function, number of slots)."""
+    """How slots were computed, in order: (how, number of slots)."""
     seen = []
-    for name in ("_together_", "_slot_by_slot_"):
-        inner = getattr(routed_few, name)
+    one_by_one = routed_few._slot_by_slot_
 
-        def spy(out, x, As, Bs, scales, *rest, name=name, inner=inner):
-            seen.append((name, len(scales)))
-            return inner(out, x, As, Bs, scales, *rest)
+    class Spy(routed_few.Products):
+        def __init__(self, A, B, scales, layout):
+            super().__init__(A, B, scales, layout)
+            self.slots = len(scales)
 
-        monkeypatch.setattr(routed_few, name, spy)
+        def add_to_(self, out, x):
+            seen.append(("together", self.slots))
+            super().add_to_(out, x)
+
+    def spy(out, x, As, Bs, scales, taken):
+        seen.append(("slot by slot", len(taken.segments)))
+        one_by_one(out, x, As, Bs, scales, taken)
+
+    monkeypatch.setattr(routed_few, "Products", Spy)
+    monkeypatch.setattr(routed_few, "_slot_by_slot_", spy)
     return seen
 
 
 TOGETHER = {  # ranks, places in memory, slot of each row, how they are computed
-    "in-order": ([4] * 3, [0, 1, 2], [0, 0, 1, 1, 2, 2], [("_together_", 3)]),
-    "one-row-each": ([4] * 5, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [("_together_", 5)]),
-    "mixed-up": ([4] * 3, [0, 1, 2], [2, 0, 1, 1, 0, 2], [("_together_", 3)]),
-    "places-mixed-up": ([4] * 3, [2, 0, 1], [0, 0, 1, 1, 2, 2], [("_together_", 3)]),
-    "uneven": ([4] * 3, [0, 1, 2], [2, 0, 1, 1, 0], [("_together_", 3)]),
-    "base-rows": ([4] * 3, [0, 1, 2], [-1, 2, 0, -1, 1], [("_together_", 3)]),
-    "gaps": ([4] * 3, [1, 4, 5], [0, 0, 2, 2, 1, 1], [("_together_", 3)]),
-    "an-empty-slot": ([4] * 4, [0, 1, 2, 3], [3, 0, 2, 3], [("_together_", 3)]),
-    "two-ranks": ([4, 9] * 4, [0, 0, 1, 1, 2, 2, 3, 3], list(range(8)) * 2, [("_together_", 4)] * 2),
-    "too-far-apart": ([4] * 3, [0, 4, 30], [0, 1, 2], [("_slot_by_slot_", 3)]),
-    "too-uneven": ([4] * 3, [0, 1, 2], [0] * 8 + [1, 2], [("_slot_by_slot_", 3)]),
-    "few-of-a-rank": ([4, 9, 4], [0, 0, 1], [0, 1, 2], [("_slot_by_slot_", 3)]),
-    "one-slot": ([4] * 3, [0, 1, 2], [1, 1, -1], [("_slot_by_slot_", 1)]),
+    "in-order": ([4] * 3, [0, 1, 2], [0, 0, 1, 1, 2, 2], [("together", 3)]),
+    "one-row-each": ([4] * 5, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [("together", 5)]),
+    "mixed-up": ([4] * 3, [0, 1, 2], [2, 0, 1, 1, 0, 2], [("together", 3)]),
+    "places-mixed-up": ([4] * 3, [2, 0, 1], [0, 0, 1, 1, 2, 2], [("together", 3)]),
+    "uneven": ([4] * 3, [0, 1, 2], [2, 0, 1, 1, 0], [("together", 3)]),
+    "base-rows": ([4] * 3, [0, 1, 2], [-1, 2, 0, -1, 1], [("together", 3)]),
+    "gaps": ([4] * 3, [1, 4, 5], [0, 0, 2, 2, 1, 1], [("together", 3)]),
+    "an-empty-slot": ([4] * 4, [0, 1, 2, 3], [3, 0, 2, 3], [("together", 3)]),
+    "two-ranks": ([4, 9] * 4, [0, 0, 1, 1, 2, 2, 3, 3], list(range(8)) * 2, [("together", 4)] * 2),
+    "too-far-apart": ([4] * 3, [0, 4, 30], [0, 1, 2], [("slot by slot", 3)]),
+    "too-uneven": ([4] * 3, [0, 1, 2], [0] * 8 + [1, 2], [("slot by slot", 3)]),
+    "few-of-a-rank": ([4, 9, 4], [0, 0, 1], [0, 1, 2], [("slot by slot", 3)]),
+    "one-slot": ([4] * 3, [0, 1, 2], [1, 1, -1], [("slot by slot", 1)]),
 }
 
 
@@ -78,7 +87,7 @@ def test_strided_rows(ways):
         As, Bs = laid_side_by_side(As, [0, 1, 2]), laid_side_by_side(Bs, [0, 1, 2])
         ours = lora_routed(base, x, As, Bs, SCALES[:3], *routing(entries, 3, "cpu"))
         wanted = by_row_add(base, x, As, Bs, SCALES[:3], entries)
-    assert ways == [("_together_", 3)]
+    assert ways == [("together", 3)]
     torch.testing.assert_close(ours, wanted)
 
 
@@ -91,7 +100,7 @@ def test_factors_that_lie_differently_are_taken_one_by_one(ways):
         As, Bs = laid_side_by_side(As, [0, 1, 2]), laid_side_by_side(Bs, [0, 2, 1])
         ours = lora_routed(base, x, As, Bs, SCALES[:3], *routing(entries, 3, "cpu"))
         wanted = by_row_add(base, x, As, Bs, SCALES[:3], entries)
-    assert ways == [("_slot_by_slot_", 3)]
+    assert ways == [("slot by slot", 3)]
     torch.testing.assert_close(ours, wanted)
 
 
@@ -111,7 +120,7 @@ def many(counts, places, ways):
 
 def test_equal_slots_of_more_rows_go_together(ways, monkeypatch):
     monkeypatch.setattr(routed_few, "FEW_ROWS", 8)
-    assert many([5, 5], [0, 1], ways) == [("_together_", 2)]
+    assert many([5, 5], [0, 1], ways) == [("together", 2)]
 
 
 @pytest.mark.parametrize(
@@ -139,4 +148,4 @@ def test_slots_with_the_same_factors(ways):
         ours = lora_routed(base, x, [A, A], [B, B], SCALES[:2], *routing(entries, 2, "cpu"))
         wanted = by_row_add(base, x, [A, A], [B, B], SCALES[:2], entries)
     torch.testing.assert_close(ours, wanted)
-    assert ways == [("_slot_by_slot_", 2)]
+    assert ways == [("slot by slot", 2)]
