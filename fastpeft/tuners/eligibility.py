@@ -2,8 +2,8 @@
 
 Calling a module runs whatever others hung on it: hooks, offloading, a replaced forward. A path that reads a module's
 weight instead must first see that nothing hangs there: wrong numbers would come out finite. The checks run on every
-forward, because hooks come and go; nothing is remembered. They read the modules' own tables: nn.Module's attribute
-look-up, thirty times a forward, would cost as much as the products of a single row.
+forward, because hooks come and go; what repeated_batch.py remembers, it asks again. They read the modules' own tables:
+nn.Module's attribute look-up, thirty times a forward, would cost as much as the products of a single row.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 _LINEAR_FORWARD = nn.Linear.forward
 
@@ -76,6 +77,11 @@ def any_watched(modules: Iterable[nn.Module]) -> bool:
         ):
             return True
     return False
+
+
+def hooks_registered() -> int:
+    """How many hooks torch has registered so far, on whatever it was: while it stays, no module has got another."""
+    return RemovableHandle.next_id
 
 
 def is_ordinary(x: Tensor) -> bool:

@@ -123,12 +123,14 @@ def _products(
 ) -> Products | None:
     """All slots of a pass at once, where that is possible and takes no more lines than so many times the rows."""
     slots = [segment.slot for segment in taken.segments]
-    if len(slots) < 2:
-        return None
-    A, B = side_by_side([As[slot] for slot in slots]), side_by_side([Bs[slot] for slot in slots])
+    A, B = _as_one([As[slot] for slot in slots]), _as_one([Bs[slot] for slot in slots])
     if A is None or B is None or A.places != B.places or taken.most * len(A.stack) > taken.entries * most_padding:
         return None
     return Products(A, B, [scales[slot] for slot in slots], taken.laid_out(A.places))
+
+
+def _as_one(factors: Sequence[Tensor]) -> SideBySide | None:
+    return SideBySide(factors[0].detach().unsqueeze(0), (0,)) if len(factors) == 1 else side_by_side(factors)
 
 
 def _slot_by_slot_(

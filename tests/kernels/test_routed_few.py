@@ -49,7 +49,7 @@ TOGETHER = {  # ranks, places in memory, slot of each row, how they are computed
     "too-far-apart": ([4] * 3, [0, 4, 30], [0, 1, 2], [("slot by slot", 3)]),
     "too-uneven": ([4] * 3, [0, 1, 2], [0] * 8 + [1, 2], [("slot by slot", 3)]),
     "few-of-a-rank": ([4, 9, 4], [0, 0, 1], [0, 1, 2], [("slot by slot", 3)]),
-    "one-slot": ([4] * 3, [0, 1, 2], [1, 1, -1], [("slot by slot", 1)]),
+    "one-slot": ([4] * 3, [0, 1, 2], [1, 1, -1], [("together", 1)]),
 }
 
 

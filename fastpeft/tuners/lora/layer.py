@@ -15,6 +15,7 @@ from fastpeft.tuners.bases import Base, base_for
 from fastpeft.tuners.lora.factor_bank import FactorBank
 from fastpeft.tuners.lora.few import forward_of_few
 from fastpeft.tuners.lora.fused import fused_forward
+from fastpeft.tuners.lora.repeated_batch import RepeatedBatch
 from fastpeft.tuners.lora.routed import routed_forward
 from fastpeft.tuners.lora.variants import LoraVariant, variant_for
 from fastpeft.tuners.shared_inputs import InputGroup
@@ -68,6 +69,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self.input_group: InputGroup | None = None
         self.factor_bank = FactorBank()
+        self.repeated_batch = RepeatedBatch()
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -89,6 +91,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
             warnings.warn(
                 f"lora_bias=True on a {kind} without bias: the adapter cannot be merged", PeftWarning, stacklevel=2
             )
+        self.repeated_batch.forget()
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_rslora[adapter_name] = config.use_rslora
@@ -115,6 +118,7 @@ class LoraLayer(nn.Module, BaseTunerLayer):
         self.base.reset_factors(self, adapter_name, gaussian)
 
     def settle_adapters(self) -> None:
+        self.repeated_batch.forget()
         self.factor_bank.gather(self)
 
     def discard_adapter(self, adapter_name: str) -> None:

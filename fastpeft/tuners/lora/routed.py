@@ -51,6 +51,9 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     """
     if layer.merged:
         raise ValueError(f"adapter_names cannot be used while {layer.merged_adapters} are merged; unmerge them first")
+    plain_call = not args and not kwargs and not torch.compiler.is_compiling()
+    if plain_call and (out := layer.repeated_batch.forward(layer, routing, x)) is not None:
+        return out  # type: ignore[no-any-return]
     base = layer.base_layer(x, *args, **kwargs)
     shape = x.shape if isinstance(layer.base, EmbeddingBase) else x.shape[:-1]
     names = tuple([name for name in routing.names if name in layer.r])
@@ -58,7 +61,10 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     if not names:
         return base  # type: ignore[no-any-return]
     if (plain := _plain_adapters(layer, names, x, base)) is not None:
-        return _add_together(layer, plain, tables, base, x, overwrite=_is_fresh(layer))
+        is_fresh = _is_fresh(layer)
+        if is_fresh and plain_call and not any(plain.ps):
+            layer.repeated_batch.look(layer, routing, names, tables, x)
+        return _add_together(layer, plain, tables, base, x, is_fresh)
     readable = _adapters_for_ops(layer, names, x, base)
     dtypes = dict.fromkeys(adapter.A.dtype for adapter in readable)
     if len(readable) == len(names) and len(dtypes) == 1:

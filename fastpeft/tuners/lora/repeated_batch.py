@@ -1,0 +1,153 @@
+"""The same mixed batch once more, as in decoding: token after token, the same rows take the same adapters.
+
+A few rows are bound by what a layer looks at before it computes. 64 adapters are 192 modules, and after the base
+product their tables are no longer near the processor. So a layer that meets a batch for the second time remembers what
+it found: whose factors, and the batched products that add them. From then on it asks what may have become different
+since, of all adapters at once: the modules, what replaces their forward, their Parameters and the memory of these.
+Hooks are looked for again when torch has registered one, on whatever it may be.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import attrgetter, contains, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.routing import Routing, RoutingTables
+from fastpeft.tuners.eligibility import any_watched, hooks_registered, is_ordinary, watched_everywhere
+from fastpeft.utils.saved_tensors import is_dispatch_watched
+from fastpeft_kernels.dispatch import use_triton
+from fastpeft_kernels.routed_few import Products, products_of_few
+
+_CONTAINERS = ("lora_A", "lora_B", "lora_dropout")
+_shape, _training, _parameters = attrgetter("shape"), itemgetter("training"), itemgetter("_parameters")
+
+
+class RepeatedBatch:
+    """What one layer remembers of the last batch. Copied or pickled it has seen nothing."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RepeatedBatch, ()
+
+    def forget(self) -> None:
+        self._seen: tuple[Any, ...] | None = None
+        self._found: _Found | None = None
+
+    def look(self, layer: Any, routing: Routing, names: Sequence[str], tables: RoutingTables, x: Tensor) -> None:
+        """Remember a batch that is here for the second time.
+
+        Args:
+            layer: one whose base is a plain nn.Linear; its adapters `names` are plain ones, without dropout in force.
+            tables: of the routing, for these.
+        """
+        seen = (routing, routing.fills, x.shape, x.dtype)
+        if seen != self._seen:
+            self._seen, self._found = seen, None
+        elif self._found is None and tables.weights is None and x.device.type == "cpu":
+            found = _Found(layer, seen, names)
+            self._found = found if found.find_products(tables) else None
+
+    def forward(self, layer: Any, routing: Routing, x: Tensor) -> Tensor | None:
+        """The layer's output, (..., N); None where the batch is another one, or anything is not as it was."""
+        found = self._found
+        if found is None or not found.is_for(routing, x) or not found.holds(layer):
+            return None
+        out: Tensor = layer.base_layer(x)
+        flat, rows = out.reshape(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
+        for products in found.products:
+            products.add_to_(flat, rows)
+        return flat.view(out.shape)
+
+
+class _Found:
+    """The products of a batch, and all that they rest upon."""
+
+    def __init__(self, layer: Any, seen: tuple[Any, ...], names: Sequence[str]) -> None:
+        own, self._pick = layer._modules, _picker(names)
+        self._seen, self._adapters_here, self._scaling = seen, len(layer.r), self._pick(layer.scaling)
+        self._hooks = hooks_registered()
+        self._base, self._modules = own["base_layer"], [self._pick(own[name]._modules) for name in _CONTAINERS]
+        self._base_parameters = list(self._base._parameters.values())
+        As, Bs, dropouts = self._modules
+        self._everyone = [self._base, *As, *Bs, *dropouts]
+        self._types, self._tables = list(map(type, self._everyone)), list(map(vars, self._everyone))
+        self._factors = [vars(module) for module in (*As, *Bs)]
+        self._dropouts = [vars(module) for module in dropouts if type(module) is nn.Dropout]
+        self._weights: list[Tensor] = [module.weight for module in (*As, *Bs)]
+        self._addresses, self._shapes = list(map(Tensor.data_ptr, self._weights)), list(map(_shape, self._weights))
+        self.products: list[Products] = []
+
+    def find_products(self, tables: RoutingTables) -> bool:
+        """Whether batched products are all that these adapters need."""
+        count = len(self._weights) // 2
+        As, Bs = self._weights[:count], self._weights[count:]
+        products = products_of_few(As, Bs, self._scaling, tables.rows, tables.starts)
+        self.products = products or []
+        return products is not None
+
+    def is_for(self, routing: Routing, x: Tensor) -> bool:
+        before, fills, shape, dtype = self._seen
+        return (
+            routing is before
+            and routing.fills == fills
+            and x.shape == shape
+            and x.dtype == dtype
+            and is_ordinary(x)
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and not use_triton(x)
+            and not is_dispatch_watched()
+        )
+
+    def holds(self, layer: Any) -> bool:
+        return (
+            layer.cast_input_dtype_enabled
+            and len(layer.r) == self._adapters_here
+            and self._are_the_same_modules(layer)
+            and not watched_everywhere()
+            and not self._are_watched()
+            and not any(map(_training, self._dropouts))
+            and self._have_the_same_weights()
+            and self._pick(layer.scaling) == self._scaling
+        )
+
+    def _are_the_same_modules(self, layer: Any) -> bool:
+        own, pick = layer._modules, self._pick
+        try:
+            modules = [pick(own[name]._modules) for name in _CONTAINERS]
+        except KeyError:  # an adapter is gone
+            return False
+        same = own["base_layer"] is self._base and modules == self._modules
+        return same and list(map(type, self._everyone)) == self._types
+
+    def _are_watched(self) -> bool:
+        hooks = hooks_registered()
+        if hooks != self._hooks and any_watched(self._everyone):
+            return True
+        self._hooks = hooks
+        return any(map(contains, self._tables, repeat("forward")))
+
+    def _have_the_same_weights(self) -> bool:
+        if not all(map(is_, self._base._parameters.values(), self._base_parameters)):
+            return False
+        parameters, weights = list(map(_parameters, self._factors)), self._weights
+        return (
+            all(map(is_, map(dict.get, parameters, repeat("weight")), weights))
+            and all(map(is_, map(dict.get, parameters, repeat("bias")), repeat(None)))
+            and list(map(Tensor.data_ptr, weights)) == self._addresses
+            and list(map(_shape, weights)) == self._shapes
+            and all(map(Tensor.is_contiguous, weights))
+        )
+
+
+def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """What takes these entries out of a dict, at once."""
+    if len(names) == 1:
+        name = names[0]
+        return lambda entries: (entries[name],)
+    return itemgetter(*names)

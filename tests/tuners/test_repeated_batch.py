@@ -1,0 +1,391 @@
+"""A batch that comes again: what a layer remembers gives the same bits, and is worth nothing once anything changed."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpeft.routing import Routing
+from fastpeft.routing_scope import routed
+from fastpeft.tuners.eligibility import hooks_registered
+from fastpeft.tuners.lora import LoraConfig
+from fastpeft.tuners.lora import routed as routed_layers
+from fastpeft.tuners.lora.layer import Linear
+from fastpeft.tuners.lora.repeated_batch import RepeatedBatch
+from fastpeft_kernels import backend
+from fastpeft_kernels.routed_few import Products
+
+K, N, R = 32, 48, 16
+NAMES = ["b", "__base__", "c", "elsewhere", "b", "a", "c"]
+
+
+def layer_of(dtype=torch.float32, ranks=(R, R, R), **options):
+    """Adapters a, b, c in fp32, laid side by side."""
+    torch.manual_seed(0)
+    layer = None
+    for name, r in zip("abcdefghijk", ranks, strict=False):
+        config = LoraConfig(r=r, init_lora_weights=False, lora_dropout=0.2, **options)
+        if layer is None:
+            layer = Linear(nn.Linear(K, N).to(dtype), name, config, r=r, lora_alpha=r)
+        else:
+            layer.update_layer(name, r, lora_alpha=r, config=config)
+    for _, part in layer._parts():
+        part.weight.data = torch.randn(part.weight.shape) * 0.3
+    layer.base_layer.requires_grad_(False)
+    layer.settle_adapters()
+    return layer.eval()
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """A list that grows whenever a layer looks at all of its adapters."""
+    seen, look = [], routed_layers.plain_factors
+    monkeypatch.setattr(routed_layers, "plain_factors", lambda *args: seen.append(args) or look(*args))
+    return seen
+
+
+def decode(layer, names=NAMES, dtype=torch.float32, seed=1):
+    x = torch.randn(len(names), 1, layer.in_features, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    routing = names if isinstance(names, Routing) else routing_of(tuple(names))
+    with torch.no_grad(), routed(routing):
+        return layer(x)
+
+
+kept = {}
+
+
+def routing_of(names):
+    return kept.setdefault(names, Routing.by_row(names))
+
+
+def anew(layer, **options):
+    """What the layer computes when it remembers nothing; what it does remember is left alone."""
+    remembered, layer.repeated_batch = layer.repeated_batch, RepeatedBatch()
+    out = decode(layer, **options)
+    layer.repeated_batch = remembered
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "names", [NAMES, ["a", "a"], ["a", "b", "c"], ["c", "b", "a", "a"], ["__base__"] * 2], ids=lambda names: names[-1]
+)
+def test_the_same_bits_again(names, dtype, looks):
+    layer = layer_of(dtype)
+    for seed in range(5):
+        out = decode(layer, names, dtype, seed)
+        count = len(looks)
+        assert torch.equal(out, anew(layer, names=names, dtype=dtype, seed=seed))
+        del looks[count:]
+    assert len(looks) == (2 if set(names) & set("abc") else 0)
+
+
+def test_several_ranks(looks):
+    layer = layer_of(ranks=[16] * 5 + [4] * 6)
+    names = list("abcdefghijk")
+    for seed in range(4):
+        out = decode(layer, names, seed=seed)
+        count = len(looks)
+        assert torch.equal(out, anew(layer, names=names, seed=seed))
+        del looks[count:]
+    assert len(looks) == 2
+
+
+def test_factors_that_lie_apart_are_looked_at_every_time(looks):
+    layer = layer_of(ranks=[16, 4, 8])
+    for _ in range(4):
+        decode(layer)
+    assert len(looks) == 4
+
+
+def doubled(module, args, out):
+    return 2 * out
+
+
+def add(layer, name, **options):
+    config = LoraConfig(r=R, init_lora_weights=False, **options)
+    layer.update_layer(name, R, lora_alpha=5, config=config)
+
+
+def give(module, data):
+    module.weight.data = data
+
+
+def halve_rank(layer):
+    A, B = layer.lora_A["b"], layer.lora_B["b"]
+    give(A, A.weight.data[: R // 2])
+    give(B, B.weight.data.view(-1)[: N * R // 2].view(N, R // 2))
+
+
+class Zero(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).zero_()
+
+
+class KeepsItsOutput(nn.Linear):
+    kept = None
+
+    def forward(self, x):
+        self.kept = super().forward(x) if self.kept is None else self.kept
+        return self.kept
+
+
+class KeepsProducts(torch.Tensor):
+    kept = None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not nn.functional.linear:
+            return super().__torch_function__(func, types, args, kwargs)
+        x, W, bias = args
+        if W.kept is None:
+            W.kept = func(x, W.as_subclass(torch.Tensor), bias)
+        return W.kept
+
+
+def insert(layer, name):
+    for container in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.r, layer.scaling, layer.variants):
+        container[name] = container["b"]
+
+
+DISTURBANCES = {
+    "hook on lora_A": lambda layer: layer.lora_A["b"].register_forward_hook(doubled),
+    "hook on lora_B": lambda layer: layer.lora_B["b"].register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "hook on the dropout": lambda layer: layer.lora_dropout["b"].register_forward_hook(doubled),
+    "hook on the base": lambda layer: layer.base_layer.register_forward_hook(doubled),
+    "replaced forward": lambda layer: setattr(layer.lora_A["b"], "forward", lambda x: torch.ones(*x.shape[:-1], R)),
+    "replaced forward of the base": lambda layer: setattr(layer.base_layer, "forward", Zero(K, N).forward),
+    "another class": lambda layer: setattr(layer.lora_B["b"], "__class__", Zero),
+    "parametrized": lambda layer: parametrize.register_parametrization(layer.lora_A["b"], "weight", nn.Tanh()),
+    "another module": lambda layer: layer.lora_A.update({"b": nn.Linear(K, R, bias=False)}),
+    "another dropout": lambda layer: layer.lora_dropout.update({"b": nn.Hardtanh()}),
+    "another base": lambda layer: setattr(layer, "base_layer", nn.Linear(K, N).requires_grad_(False)),
+    "a base that keeps its output": lambda layer: setattr(layer, "base_layer", KeepsItsOutput(K, N)),
+    "a weight that keeps products": lambda layer: setattr(
+        layer.base_layer, "weight", nn.Parameter(torch.randn(N, K).as_subclass(KeepsProducts), False)
+    ),
+    "another base weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(N, K), False)),
+    "another Parameter": lambda layer: setattr(layer.lora_A["b"], "weight", nn.Parameter(torch.randn(R, K))),
+    "no Parameter": lambda layer: layer.lora_A["b"]._parameters.update(weight=torch.randn(R, K)),
+    "a bias": lambda layer: layer.lora_B["b"].register_parameter("bias", nn.Parameter(torch.ones(N))),
+    "other memory": lambda layer: give(layer.lora_B["b"], torch.randn(N, R)),
+    "a lower rank": halve_rank,
+    "the same memory transposed": lambda layer: give(layer.lora_A["b"], layer.lora_A["b"].weight.data.view(K, R).t()),
+    "one row for all": lambda layer: give(layer.lora_A["b"], layer.lora_A["b"].weight.data[:1].expand(R, K)),
+    "a scaling": lambda layer: layer.set_scale("b", 3.0),
+    "casting off": lambda layer: setattr(layer, "cast_input_dtype_enabled", False),
+    "an adapter replaced": lambda layer: add(layer, "b"),
+    "another adapter": lambda layer: add(layer, "elsewhere"),
+    "made DoRA": lambda layer: add(layer, "b", use_dora=True),
+    "an adapter deleted": lambda layer: layer.delete_adapter("b"),
+    "an adapter put in": lambda layer: insert(layer, "elsewhere"),
+    "no rank": lambda layer: layer.r.pop("b"),
+    "an adapter taken out": lambda layer: [
+        getattr(layer, part).pop("b") for part in ("lora_A", "lora_B", "lora_dropout", "r")
+    ],
+    "cast": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("kind", DISTURBANCES)
+def test_what_has_changed_is_seen(kind):
+    layer = layer_of()
+    before = [decode(layer) for _ in range(3)][-1]
+    dtype = torch.float64 if kind == "cast" else torch.float32
+    DISTURBANCES[kind](layer)
+    wanted = anew(layer, dtype=dtype)
+    for _ in range(3):
+        assert torch.equal(decode(layer, dtype=dtype), wanted)
+    assert kind in ("casting off", "cast") or not torch.equal(wanted, before)
+
+
+def test_values_may_change(looks):
+    layer = layer_of()
+    for _ in range(3):
+        before = decode(layer)
+    with torch.no_grad():
+        layer.lora_B["b"].weight.mul_(2)
+        layer.base_layer.weight.add_(1)
+    count = len(looks)
+    out = decode(layer)
+    assert len(looks) == count
+    assert torch.equal(out, anew(layer))
+    assert not torch.equal(out, before)
+
+
+def test_modes_in_force():
+    """Gradients, autocast, dropout, a mode that sees each operator: what they ask for is done."""
+    layer = layer_of()
+    for _ in range(3):
+        before = decode(layer)
+    x = torch.randn(len(NAMES), 1, K, generator=torch.Generator().manual_seed(1))
+    layer.set_requires_grad(["a", "b", "c"])
+    with routed(routing_of(tuple(NAMES))):
+        out = layer(x)
+        out.sum().backward()
+    assert layer.lora_B["c"].weight.grad.abs().sum() > 0
+    torch.testing.assert_close(out.detach(), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decode(layer).dtype == torch.bfloat16
+    layer.train()
+    torch.manual_seed(0)
+    assert not torch.allclose(decode(layer), before, rtol=0.1)
+    layer.eval()
+
+    class Keep(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            if func is torch.ops.aten.addmm.default:
+                outputs.append((out, out.clone()))
+            return out
+
+    outputs = []  # of the base
+    with Keep():
+        assert torch.equal(decode(layer), before)
+    base, then = outputs[0]
+    assert torch.equal(base, then)
+
+
+def test_merged_and_disabled_layers():
+    layer = layer_of()
+    for _ in range(3):
+        before = decode(layer)
+    layer.enable_adapters(False)
+    x = torch.randn(len(NAMES), 1, K, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(decode(layer), layer.base_layer(x).detach())
+    layer.enable_adapters(True)
+    assert torch.equal(decode(layer), before)
+    layer.merge(adapter_names=["a"])
+    with pytest.raises(ValueError, match="cannot be used while"):
+        decode(layer)
+
+
+def test_refilled_routings_and_other_batches(looks):
+    layer = layer_of()
+    routing, sizes = Routing.by_row(["a", "b", "c"]), []
+    for names in (["a", "b", "c"], ["c", "c", "a"]):
+        routing.refill(names)
+        for seed in range(4):
+            x = torch.randn(3, 1, K, generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad(), routed(routing):
+                out = layer(x)
+            count = len(looks)
+            assert torch.equal(out, anew(layer, names=names, seed=seed))
+            del looks[count:]
+        sizes.append(len(looks))
+    assert sizes == [2, 4]
+    x = torch.randn(3, 2, K)
+    with torch.no_grad(), routed(routing):
+        torch.testing.assert_close(layer(x), torch.cat([layer(x[:, i : i + 1]) for i in range(2)], dim=1))
+    with pytest.raises(ValueError, match="one name per row"), routed(routing):
+        layer(torch.randn(2, 1, K))
+
+
+def test_hooks_elsewhere(looks):
+    """They are a reason to look for hooks here, once, and no reason to forget."""
+    layer = layer_of()
+    for _ in range(3):
+        before = decode(layer)
+    nn.Linear(1, 1).register_forward_hook(doubled)
+    count = len(looks)
+    for _ in range(3):
+        assert torch.equal(decode(layer), before)
+    assert len(looks) == count
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module: module.register_forward_hook(doubled),
+        lambda module: module.register_forward_pre_hook(lambda *_: None),
+        lambda module: module.register_full_backward_hook(lambda *_: None),
+        lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+        lambda module: nn.modules.module.register_module_forward_hook(lambda *_: None),
+        lambda module: nn.modules.module.register_module_forward_pre_hook(lambda *_: None),
+    ],
+)
+def test_torch_counts_the_hooks_it_registers(register):
+    before = hooks_registered()
+    register(nn.Linear(1, 1)).remove()
+    assert hooks_registered() > before
+
+
+def test_copies_and_pickles_have_seen_nothing(looks):
+    layer = layer_of()
+    for _ in range(3):
+        before = decode(layer)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        count = len(looks)
+        with torch.no_grad():
+            other.lora_B["b"].weight.zero_()
+        assert not torch.equal(decode(other), before)
+        assert len(looks) == count + 1
+    assert torch.equal(decode(layer), before)
+
+
+def test_weighted_rows():
+    layer = layer_of()
+    rows = [{"a": 0.5}, {"b": 2.0}, "__base__"]
+    wanted = decode(layer, ["a", "b", "__base__"])
+    base = decode(layer, ["__base__"] * 3)
+    routing = Routing.by_row(rows)
+    x = torch.randn(3, 1, K, generator=torch.Generator().manual_seed(1))
+    for _ in range(4):
+        with torch.no_grad(), routed(routing):
+            out = layer(x)
+        torch.testing.assert_close(out - base, (wanted - base) * torch.tensor([0.5, 2.0, 1.0]).view(3, 1, 1))
+
+
+def test_an_input_of_another_dtype(looks):
+    """Factors narrower than the output have to be called as modules."""
+    layer = layer_of(torch.bfloat16).to(torch.bfloat16)
+    for _ in range(3):
+        decode(layer, dtype=torch.bfloat16)
+    layer.base_layer.weight.data, layer.base_layer.bias.data = torch.randn(N, K), torch.randn(N)
+    for _ in range(3):
+        assert torch.equal(decode(layer), anew(layer))
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """A list that grows whenever batched products are computed."""
+    seen, add = [], Products.add_to_
+    monkeypatch.setattr(Products, "add_to_", lambda *args: seen.append(args) or add(*args))
+    return seen
+
+
+def test_inputs_that_are_no_ordinary_tensors(products):
+    class Other(torch.Tensor):
+        pass
+
+    layer, x = layer_of(), torch.randn(len(NAMES), 1, K)
+    before = [decode(layer) for _ in range(3)]
+    count = len(products)
+    assert count >= len(before)
+    with torch.no_grad(), routed(routing_of(tuple(NAMES))):
+        assert type(layer(x.as_subclass(Other))) is Other
+        torch.func.vmap(layer)(x.expand(2, *x.shape))
+    assert len(products) == count
+
+
+def test_who_watches_all_modules(products, monkeypatch):
+    layer = layer_of()
+    before = [decode(layer) for _ in range(3)]
+    count, calls, forward = len(products), [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda module, x: calls.append(module) or forward(module, x))
+    torch.testing.assert_close(decode(layer), before[0])
+    assert len(calls) == 1 + 2 * 3
+    assert len(products) == count
+
+
+def test_a_backend_that_was_demanded(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    layer = layer_of()
+    for _ in range(3):
+        decode(layer)
+    with backend("triton"), pytest.raises(RuntimeError, match='backend "triton" needs'):
+        decode(layer)
