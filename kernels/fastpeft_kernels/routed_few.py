@@ -4,7 +4,7 @@ Adapters whose factors lie side by side are two batched products, whatever their
 `reference_routed` has the specification.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from fastpeft_kernels.routes import ranks_of
 from fastpeft_kernels.side_by_side import SideBySide, side_by_side
 
 FEW_ROWS = 256  # of a batch: always here
-FEW_OF_A_SLOT = 32  # in larger batches, rows that every slot has
-MOST_ELEMENTS = 1 << 21  # of x or out in these, which are copied as a whole where rows are not in order
+FEW_OF_A_SLOT = 128  # in larger batches, rows that every slot has
+PIECE = 1 << 18  # elements of x or out, copied and widened at a time: they stay in the cache
 FEW_OF_A_RANK = 4  # slots of one rank: those of fewer are not taken together
 MOST_PADDING = 2  # times the rows: what batched products may take for slots of unequal rows, and for places of no slot
 
@@ -45,21 +45,30 @@ class Products:
             S = torch.bmm(lines, A.mT)
         if self._scales is not None:
             S.mul_(self._scales)
-        if layout.row_of is None:
+        if not isinstance(layout.row_of, Tensor):
             total = self._by_place(out).baddbmm_(S, B.mT, alpha=alpha)
             if total.dtype != out.dtype:
-                out.copy_(total.view(out.shape))
+                _lines(out, layout).copy_(total.view(-1, out.shape[1]))
         elif out.dtype == A.dtype:
             out.index_add_(0, layout.rows, _used(torch.bmm(S, B.mT), layout), alpha=alpha)
-        else:  # one rounding, of the sum
+        elif 2 * len(layout.rows) > len(out):  # one rounding, of the sum; other rows keep their bits on the way
+            total = out.to(A.dtype)
+            out.copy_(total.index_add_(0, layout.rows, _used(torch.bmm(S, B.mT), layout), alpha=alpha))
+        else:
             total = _used(self._by_place(out).baddbmm_(S, B.mT, alpha=alpha), layout)
             out.index_copy_(0, layout.rows, total.to(out.dtype))
 
     def _by_place(self, t: Tensor) -> Tensor:
         """Rows of t as the lines of each place, (places, lines, columns) in the factors' dtype."""
-        row_of = self._layout.row_of
-        lines = t if row_of is None else t.index_select(0, row_of)
+        lines = _lines(t, self._layout)
         return lines.to(self._A.dtype).reshape(len(self._A), -1, t.shape[1])
+
+
+def _lines(t: Tensor, layout: Layout) -> Tensor:
+    row_of = layout.row_of
+    if row_of is None:
+        return t
+    return t[row_of] if isinstance(row_of, slice) else t.index_select(0, row_of)
 
 
 def _used(by_place: Tensor, layout: Layout) -> Tensor:
@@ -78,8 +87,13 @@ def products_of_few(
     passes = passes_of(rows, starts)
     if len(passes) != 1 or passes[0].entries > FEW_ROWS:
         return None
-    found = [_products(As, Bs, scales, part, MOST_PADDING) for part in _parts_of_one_rank(As, passes[0])]
-    return None if None in found else found  # type: ignore[return-value]
+    found: list[Products] = []
+    for part in _parts_of_one_rank(As, passes[0]):
+        together = _products(As, Bs, scales, part, MOST_PADDING)
+        if together is None:
+            return None
+        found += together
+    return found
 
 
 def add_to_few_(
@@ -90,24 +104,18 @@ def add_to_few_(
     Returns:
         Whether it was done. Larger batches of unequal slots, or whose factors lie apart, are not for here.
     """
-    if taken.entries > FEW_ROWS:
-        columns = max(x.shape[1], out.shape[1])
-        together = _products(As, Bs, scales, taken, 1) if _may_go_together(taken, columns) else None
-        if together is not None:
-            together.add_to_(out, x)
-        return together is not None
-    for part in _parts_of_one_rank(As, taken):
-        together = _products(As, Bs, scales, part, MOST_PADDING)
-        if together is not None:
-            together.add_to_(out, x)
-        else:
+    few = taken.entries <= FEW_ROWS
+    if not few and (taken.most > FEW_OF_A_SLOT or taken.most * len(taken.segments) != taken.entries):
+        return False
+    for part in _parts_of_one_rank(As, taken) if few else [taken]:
+        together = _products(As, Bs, scales, part, MOST_PADDING if few else 1)
+        if together is None and not few:
+            return False
+        if together is None:
             _slot_by_slot_(out, x, As, Bs, scales, part)
+        for products in together or ():
+            products.add_to_(out, x)
     return True
-
-
-def _may_go_together(taken: Pass, columns: int) -> bool:
-    equal = taken.most * len(taken.segments) == taken.entries
-    return equal and taken.most <= FEW_OF_A_SLOT and taken.entries * columns <= MOST_ELEMENTS
 
 
 def _parts_of_one_rank(As: Sequence[Tensor], taken: Pass) -> list[Pass]:
@@ -120,13 +128,32 @@ def _parts_of_one_rank(As: Sequence[Tensor], taken: Pass) -> list[Pass]:
 
 def _products(
     As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], taken: Pass, most_padding: int
-) -> Products | None:
-    """All slots of a pass at once, where that is possible and takes no more lines than so many times the rows."""
+) -> list[Products] | None:
+    """All slots of a pass together, where that is possible and takes no more lines than so many times the rows."""
     slots = [segment.slot for segment in taken.segments]
     A, B = _as_one([As[slot] for slot in slots]), _as_one([Bs[slot] for slot in slots])
     if A is None or B is None or A.places != B.places or taken.most * len(A.stack) > taken.entries * most_padding:
         return None
-    return Products(A, B, [scales[slot] for slot in slots], taken.laid_out(A.places))
+    scales = [scales[slot] for slot in slots]
+    layout, places = taken.laid_out(A.places), len(A.stack)
+    at_once = max(1, PIECE // (taken.most * max(A.stack.shape[2], B.stack.shape[1])))
+    if places <= at_once or layout.used is not None:
+        return [Products(A, B, scales, layout)]
+    of_place = dict(zip(A.places, scales, strict=True))
+    return [
+        _piece(A, B, of_place, layout, taken.most, begin, min(begin + at_once, places))
+        for begin in range(0, places, at_once)
+    ]
+
+
+def _piece(
+    A: SideBySide, B: SideBySide, scales: Mapping[int, float], layout: Layout, lines: int, begin: int, end: int
+) -> Products:
+    """The products of some places, of so many lines each."""
+    places = tuple(range(end - begin))
+    part = layout.part(begin * lines, end * lines)
+    its_scales = [scales[place] for place in range(begin, end)]
+    return Products(SideBySide(A.stack[begin:end], places), SideBySide(B.stack[begin:end], places), its_scales, part)
 
 
 def _as_one(factors: Sequence[Tensor]) -> SideBySide | None:

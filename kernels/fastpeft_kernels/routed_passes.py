@@ -23,9 +23,14 @@ class Segment(NamedTuple):
 class Layout(NamedTuple):
     """Lines for a batched product: place after place, as many lines each as the largest slot has rows."""
 
-    row_of: Tensor | None  # (lines,) the row of each line, where a line has none any row; None: line i is row i
+    row_of: Tensor | slice | None  # (lines,) the row of each, where a line has none any row; None: line i is row i
     used: Tensor | None  # (entries,) the lines that have a row; None: all of them
     rows: Tensor  # (entries,) the rows of these
+
+    def part(self, begin: int, end: int) -> "Layout":
+        """Some of the lines, of a layout all of whose lines have a row."""
+        lines = slice(begin, end)
+        return Layout(lines if self.row_of is None else self.row_of[lines], None, self.rows[lines])  # type: ignore[index]
 
 
 class Pass:

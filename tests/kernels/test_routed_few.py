@@ -43,6 +43,7 @@ TOGETHER = {  # ranks, places in memory, slot of each row, how they are computed
     "places-mixed-up": ([4] * 3, [2, 0, 1], [0, 0, 1, 1, 2, 2], [("together", 3)]),
     "uneven": ([4] * 3, [0, 1, 2], [2, 0, 1, 1, 0], [("together", 3)]),
     "base-rows": ([4] * 3, [0, 1, 2], [-1, 2, 0, -1, 1], [("together", 3)]),
+    "many-base-rows": ([4] * 3, [0, 1, 2], [-1, -1, 2, -1, 0, -1, -1, 1], [("together", 3)]),
     "gaps": ([4] * 3, [1, 4, 5], [0, 0, 2, 2, 1, 1], [("together", 3)]),
     "an-empty-slot": ([4] * 4, [0, 1, 2, 3], [3, 0, 2, 3], [("together", 3)]),
     "two-ranks": ([4, 9] * 4, [0, 0, 1, 1, 2, 2, 3, 3], list(range(8)) * 2, [("together", 4)] * 2),
@@ -123,13 +124,31 @@ def test_equal_slots_of_more_rows_go_together(ways, monkeypatch):
     assert many([5, 5], [0, 1], ways) == [("together", 2)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [1, -1])  # the rows of a slot follow one another, or are gathered
+@pytest.mark.parametrize("same_scale", [True, False])
+def test_a_piece_at_a_time(dtype, order, same_scale, ways, monkeypatch):
+    monkeypatch.setattr(routed_few, "PIECE", 2 * 2 * N)
+    slots = [slot for slot in range(5) for _ in range(2)][::order]
+    base, x = torch.randn(10, N).to(dtype), torch.randn(10, K).to(dtype)
+    As, Bs = factors([4] * 5, K, torch.float32, "cpu"), factors([4] * 5, N, torch.float32, "cpu", transposed=True)
+    entries, scales = one_each(slots), [0.7] * 5 if same_scale else SCALES[:5]
+    with torch.no_grad(), backend("torch"):
+        As, Bs = laid_side_by_side(As, [0, 1, 2, 3, 4]), laid_side_by_side(Bs, [0, 1, 2, 3, 4])
+        ours = lora_routed(base, x, As, Bs, scales, *routing(entries, 5, "cpu"))
+        eager = by_row_add(base, x, As, Bs, scales, entries)
+        wide = [[t.double() for t in factors] for factors in (As, Bs)]
+        exact = by_row_add(base.double(), x.double(), *wide, scales, entries)
+    assert ways == [("together", 2), ("together", 2), ("together", 1)]
+    assert_as_close_as_torch("out", ours, eager, exact)
+
+
 @pytest.mark.parametrize(
     ("counts", "places", "limits"),
     [
         ([4, 6], [0, 1], {}),  # unequal
         ([5, 5], [0, 2], {}),  # a gap
         ([5, 5], [0, 1], {"FEW_OF_A_SLOT": 4}),
-        ([5, 5], [0, 1], {"MOST_ELEMENTS": 10 * N - 1}),
     ],
 )
 def test_others_of_more_rows_are_left_to_the_general_way(counts, places, limits, ways, monkeypatch):
