@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels.routed_passes import Layout, Pass, passes_of
+from fastpeft_kernels.routed_passes import Layout, Pass, passes_of, put_rows_
 from fastpeft_kernels.routes import ranks_of
 from fastpeft_kernels.side_by_side import SideBySide, side_by_side
 
@@ -51,12 +51,9 @@ class Products:
                 _lines(out, layout).copy_(total.view(-1, out.shape[1]))
         elif out.dtype == A.dtype:
             out.index_add_(0, layout.rows, _used(torch.bmm(S, B.mT), layout), alpha=alpha)
-        elif 2 * len(layout.rows) > len(out):  # one rounding, of the sum; other rows keep their bits on the way
-            total = out.to(A.dtype)
-            out.copy_(total.index_add_(0, layout.rows, _used(torch.bmm(S, B.mT), layout), alpha=alpha))
-        else:
+        else:  # one rounding, of the sum
             total = _used(self._by_place(out).baddbmm_(S, B.mT, alpha=alpha), layout)
-            out.index_copy_(0, layout.rows, total.to(out.dtype))
+            put_rows_(out, layout.rows, total.to(out.dtype))
 
     def _by_place(self, t: Tensor) -> Tensor:
         """Rows of t as the lines of each place, (places, lines, columns) in the factors' dtype."""
@@ -179,6 +176,6 @@ def _slot_by_slot_(
         for (A, B, scale), line, part in zip(adapters, taken.split(lines), taken.split(sums), strict=True):
             part.addmm_(F.linear(line, A), B.t(), alpha=scale)
     if not taken.in_order:
-        out.index_copy_(0, taken.index, sums.to(out.dtype))
+        put_rows_(out, taken.index, sums.to(out.dtype))
     elif sums is not total:
         total.copy_(sums)

@@ -7,6 +7,7 @@ from numerics import assert_as_close_as_torch
 from routed_operands import by_row_add, factors, laid_side_by_side, one_each, routing
 
 from fastpeft_kernels import backend, lora_routed, routed_few
+from fastpeft_kernels.routed_passes import put_rows_
 
 K, N = 33, 40
 SCALES = (0.7, 1.3, 0.4, 2.0, 1.1, 0.9, 0.3, 1.7)
@@ -168,3 +169,18 @@ def test_slots_with_the_same_factors(ways):
         wanted = by_row_add(base, x, [A, A], [B, B], SCALES[:2], entries)
     torch.testing.assert_close(ours, wanted)
     assert ways == [("slot by slot", 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("columns", "step", "offset"), [(32, 1, 0), (32, 2, 0), (7, 1, 0), (32, 1, 1)])
+def test_rows_are_put_with_all_their_bits(dtype, columns, step, offset):
+    """Also those of a NaN, whatever the strides."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    noise = torch.randint(0, 256, (9 * columns * step * size + size,), dtype=torch.uint8)
+    out = noise.view(dtype)[offset : offset + 9 * columns * step].view(9, -1)[:, ::step]
+    rows, index = torch.randn(3, columns).to(dtype), torch.tensor([7, 0, 3])
+    rows[0, 0] = torch.nan
+    wanted = out.clone()
+    wanted[index] = rows
+    put_rows_(out, index, rows)
+    assert torch.equal(out.contiguous().view(torch.uint8), wanted.view(torch.uint8))

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastpeft.routing import Routing
 from fastpeft.routing_scope import routed
 from fastpeft.tuners.eligibility import hooks_registered
-from fastpeft.tuners.lora import LoraConfig
+from fastpeft.tuners.lora import LoraConfig, repeated_batch
 from fastpeft.tuners.lora import routed as routed_layers
 from fastpeft.tuners.lora.layer import Linear
 from fastpeft.tuners.lora.repeated_batch import RepeatedBatch
@@ -95,8 +95,21 @@ def test_several_ranks(looks):
     assert len(looks) == 2
 
 
-def test_factors_that_lie_apart_are_looked_at_every_time(looks):
-    layer = layer_of(ranks=[16, 4, 8])
+def test_factors_that_lie_apart_are_looked_at_every_time(looks, monkeypatch):
+    layer, tries = layer_of(ranks=[16, 4, 8]), []
+    find = repeated_batch.products_of_few
+    monkeypatch.setattr(repeated_batch, "products_of_few", lambda *args: tries.append(args) or find(*args))
+    for _ in range(4):
+        decode(layer)
+    assert len(looks) == 4
+    assert len(tries) == 1
+
+
+def test_after_a_change_it_is_remembered_anew(looks):
+    layer = layer_of()
+    for _ in range(3):
+        decode(layer)
+    layer.set_scale("b", 3.0)
     for _ in range(4):
         decode(layer)
     assert len(looks) == 4

@@ -35,33 +35,42 @@ class RepeatedBatch:
         return RepeatedBatch, ()
 
     def forget(self) -> None:
-        self._seen: tuple[Any, ...] | None = None
+        self._seen: tuple[Any, ...] | None = None  # the last batch
         self._found: _Found | None = None
-
-    def look(self, layer: Any, routing: Routing, names: Sequence[str], tables: RoutingTables, x: Tensor) -> None:
-        """Remember a batch that is here for the second time.
-
-        Args:
-            layer: one whose base is a plain nn.Linear; its adapters `names` are plain ones, without dropout in force.
-            tables: of the routing, for these.
-        """
-        seen = (routing, routing.fills, x.shape, x.dtype)
-        if seen != self._seen:
-            self._seen, self._found = seen, None
-        elif self._found is None and tables.weights is None and x.device.type == "cpu":
-            found = _Found(layer, seen, names)
-            self._found = found if found.find_products(tables) else None
+        self._looked = False
 
     def forward(self, layer: Any, routing: Routing, x: Tensor) -> Tensor | None:
         """The layer's output, (..., N); None where the batch is another one, or anything is not as it was."""
         found = self._found
-        if found is None or not found.is_for(routing, x) or not found.holds(layer):
+        if found is None or not found.is_for(routing, x):
             return None
-        out: Tensor = layer.base_layer(x)
-        flat, rows = out.reshape(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
-        for products in found.products:
-            products.add_to_(flat, rows)
-        return flat.view(out.shape)
+        if not found.holds(layer):
+            self.forget()
+            return None
+        return found.add_to(layer.base_layer(x), x)
+
+    def add_to(
+        self, base: Tensor, layer: Any, routing: Routing, names: Sequence[str], tables: RoutingTables, x: Tensor
+    ) -> Tensor | None:
+        """The base layer's output with the adapters, in place, if this batch is here for the second time.
+
+        Args:
+            layer: one whose base is a plain nn.Linear; its adapters `names` are plain ones, without dropout in force.
+            tables: of the routing, for these.
+
+        Returns:
+            None where it is not, or where batched products are not all that these adapters need.
+        """
+        seen = (routing, routing.fills, x.shape, x.dtype)
+        if seen != self._seen:
+            self.forget()
+            self._seen = seen
+            return None
+        if not self._looked and tables.weights is None and x.device.type == "cpu":
+            self._looked, new = True, _Found(layer, seen, names)
+            self._found = new if new.find_products(tables) else None
+        found = self._found
+        return None if found is None or not found.is_for(routing, x) else found.add_to(base, x)
 
 
 class _Found:
@@ -76,19 +85,24 @@ class _Found:
         As, Bs, dropouts = self._modules
         self._everyone = [self._base, *As, *Bs, *dropouts]
         self._types, self._tables = list(map(type, self._everyone)), list(map(vars, self._everyone))
-        self._factors = [vars(module) for module in (*As, *Bs)]
         self._dropouts = [vars(module) for module in dropouts if type(module) is nn.Dropout]
         self._weights: list[Tensor] = [module.weight for module in (*As, *Bs)]
         self._addresses, self._shapes = list(map(Tensor.data_ptr, self._weights)), list(map(_shape, self._weights))
-        self.products: list[Products] = []
+        self._products: list[Products] = []
 
     def find_products(self, tables: RoutingTables) -> bool:
         """Whether batched products are all that these adapters need."""
         count = len(self._weights) // 2
         As, Bs = self._weights[:count], self._weights[count:]
         products = products_of_few(As, Bs, self._scaling, tables.rows, tables.starts)
-        self.products = products or []
+        self._products = products or []
         return products is not None
+
+    def add_to(self, base: Tensor, x: Tensor) -> Tensor:
+        flat, rows = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
+        for products in self._products:
+            products.add_to_(flat, rows)
+        return flat.view(base.shape)
 
     def is_for(self, routing: Routing, x: Tensor) -> bool:
         before, fills, shape, dtype = self._seen
@@ -135,7 +149,8 @@ class _Found:
     def _have_the_same_weights(self) -> bool:
         if not all(map(is_, self._base._parameters.values(), self._base_parameters)):
             return False
-        parameters, weights = list(map(_parameters, self._factors)), self._weights
+        weights = self._weights
+        parameters = list(map(_parameters, self._tables[1 : 1 + len(weights)]))
         return (
             all(map(is_, map(dict.get, parameters, repeat("weight")), weights))
             and all(map(is_, map(dict.get, parameters, repeat("bias")), repeat(None)))

@@ -63,7 +63,9 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     if (plain := _plain_adapters(layer, names, x, base)) is not None:
         is_fresh = _is_fresh(layer)
         if is_fresh and plain_call and not any(plain.ps):
-            layer.repeated_batch.look(layer, routing, names, tables, x)
+            again = layer.repeated_batch.add_to(base, layer, routing, names, tables, x)
+            if again is not None:
+                return again  # type: ignore[no-any-return]
         return _add_together(layer, plain, tables, base, x, is_fresh)
     readable = _adapters_for_ops(layer, names, x, base)
     dtypes = dict.fromkeys(adapter.A.dtype for adapter in readable)
