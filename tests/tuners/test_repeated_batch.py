@@ -248,6 +248,8 @@ def test_modes_in_force():
     torch.manual_seed(0)
     assert not torch.allclose(decode(layer), before, rtol=0.1)
     layer.eval()
+    for _ in range(3):
+        decode(layer)
 
     class Keep(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
