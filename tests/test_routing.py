@@ -1,13 +1,12 @@
 """Who takes which adapter: names to numbers, and how a routing reaches the layers."""
 
 import threading
-import warnings
 
 import models
 import pytest
 import torch
+from routed_models import adapted
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 import fastpeft
@@ -177,16 +176,6 @@ def test_a_routing_is_in_force_in_its_block_and_thread():
     assert routing_for(layer) is None
 
 
-def adapted(family="llama", **options):
-    options = {"r": 4, "target_modules": models.TARGETS[family], "init_lora_weights": False} | options
-    torch.manual_seed(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = fastpeft.get_peft_model(models.build(family), fastpeft.LoraConfig(**options), adapter_name="a")
-        model.add_adapter("b", fastpeft.LoraConfig(**(options | {"r": 3})))
-    return model
-
-
 def test_models_with_injected_adapters_follow_a_block():
     base, inputs = models.tiny_llama(), models.batch("llama")
     config = fastpeft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
@@ -206,132 +195,6 @@ def test_names_without_an_active_adapter_are_not_ignored():
     assert torch.equal(model(**inputs, adapter_names=names).logits, expected)
 
 
-# Gradients, also through the recomputation of checkpoints.
-
-
-def gradients(model, inputs, names):
-    model.zero_grad()
-    losses = model(**inputs, adapter_names=names).logits.square().mean((1, 2))
-    losses.sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def trained(**options):
-    model, inputs = adapted(**options), models.batch("llama", rows=5)
-    model.set_requires_grad(["a", "b"])
-    return model.train(), inputs, ["b", "a", "__base__", "b", {"a": 0.5, "b": 2.0}]
-
-
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=repr)
-def test_a_row_gives_its_gradients_to_its_own_adapter(options):
-    model, inputs, _ = trained(**options)
-    names = ["b", "a", "__base__", "b", "__base__"]
-    together = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
-    seen = set()
-    for name in ("a", "b"):
-        rows = [i for i, other in enumerate(names) if other == name]
-        model.set_adapter(name)
-        model.zero_grad()
-        model(**{key: value[rows] for key, value in inputs.items()}).logits.square().mean((1, 2)).sum().backward()
-        for key, p in model.named_parameters():
-            if p.grad is not None:
-                torch.testing.assert_close(together[key], p.grad, msg=key)
-                seen.add(key)
-    assert seen == together.keys()
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpoints_recompute_with_the_same_routing(reentrant, dropout):
-    model, inputs, names = trained(lora_dropout=dropout)
-    model.enable_input_require_grads()
-    torch.manual_seed(7)
-    expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    torch.manual_seed(7)
-    found = gradients(model, inputs, names)
-    assert found.keys() == expected.keys()
-    for key, grad in found.items():
-        assert torch.equal(grad, expected[key]), key
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_that_nobody_told_are_refused(reentrant):
-    model, inputs, names = trained()
-    layer = model.get_base_model().model.layers[0]
-    plain = layer.forward
-    layer.forward = lambda *args, **kwargs: checkpoint(plain, *args, use_reentrant=reentrant, **kwargs)
-    if reentrant:  # it passes no keywords on
-        layer.forward = lambda x, **kwargs: checkpoint(lambda t: plain(t, **kwargs), x, use_reentrant=True)
-    model.enable_input_require_grads()
-    with pytest.raises(RuntimeError, match="cannot reach the recomputation of an activation checkpoint"):
-        gradients(model, inputs, names)
-
-
-@pytest.mark.parametrize("outer", [True, False])
-@pytest.mark.parametrize("inner", [True, False])
-def test_a_checkpoint_inside_a_known_one_is_refused(outer, inner):
-    model, inputs, names = trained()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": outer})
-    model.enable_input_require_grads()
-    mlp = model.get_base_model().model.layers[0].mlp
-    plain = mlp.forward
-    mlp.forward = lambda x: checkpoint(plain, x, use_reentrant=inner)
-    with pytest.raises(RuntimeError, match="cannot reach the recomputation of an activation checkpoint"):
-        gradients(model, inputs, names)
-
-
-def test_a_checkpoint_around_the_whole_model():
-    model, inputs, names = trained()
-    expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
-    model.zero_grad()
-    out = checkpoint(lambda: model(**inputs, adapter_names=names).logits, use_reentrant=False)
-    out.square().mean((1, 2)).sum().backward()
-    for key, p in model.named_parameters():
-        if p.grad is not None:
-            assert torch.equal(p.grad, expected[key]), key
-
-
-def test_a_block_around_a_model_with_checkpoints():
-    model, inputs, names = trained()
-    model.gradient_checkpointing_enable()
-    model.enable_input_require_grads()
-    expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
-    model.zero_grad()
-    with routed(Routing.by_row(names)):
-        logits = model(**inputs).logits
-    logits.square().mean((1, 2)).sum().backward()
-    for key, p in model.named_parameters():
-        if p.grad is not None:
-            assert torch.equal(p.grad, expected[key]), key
-
-
-def test_checkpoints_of_models_that_are_no_longer_routed():
-    """A part without gradients in a mixed batch is no reason to refuse what comes after it without a routing."""
-    model, inputs, names = trained()
-    model.get_base_model().config.use_cache = False  # a recomputation would add to it
-    layer = model.get_base_model().model.layers[0]
-    plain = layer.forward
-    layer.forward = lambda *args, **kwargs: torch.no_grad()(plain)(*args, **kwargs)
-    gradients(model, inputs, names)
-    layer.forward = lambda x, **kwargs: checkpoint(lambda t: plain(t, **kwargs), x, use_reentrant=True)
-    model.enable_input_require_grads()
-    model.set_adapter("a")
-    model(**inputs).logits.square().mean().backward()
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_a_refill_between_forward_and_backward_is_refused(reentrant):
-    model, inputs, names = trained()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    routing = Routing.by_row(names)
-    loss = model(**inputs, adapter_names=routing).logits.square().mean()
-    routing.refill(names[::-1])
-    with pytest.raises(RuntimeError, match="refilled between a forward and its backward"):
-        loss.backward()
-
-
 def test_other_models_are_not_routed():
     """One that is called inside a mixed batch's forward: a judge, a teacher, an assistant."""
     model, inner, inputs = adapted().eval(), adapted().eval(), models.batch("llama")
@@ -341,20 +204,6 @@ def test_other_models_are_not_routed():
     model.get_base_model().model.norm.register_forward_hook(hook)
     model(**inputs, adapter_names=["b", "__base__", "b"])
     assert torch.equal(seen[0], inner(**one_row).logits)
-
-
-def test_several_forwards_before_one_backward():
-    model, inputs, names = trained()
-    model.gradient_checkpointing_enable()
-    model.enable_input_require_grads()
-    expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
-    other = {key: grad.clone() for key, grad in gradients(model, inputs, names[::-1]).items()}
-    model.zero_grad()
-    losses = [model(**inputs, adapter_names=order).logits.square().mean((1, 2)).sum() for order in (names, names[::-1])]
-    sum(losses).backward()
-    for key, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p.grad, expected[key] + other[key], msg=key)
 
 
 # Generation.
