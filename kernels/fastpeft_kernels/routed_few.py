@@ -48,7 +48,7 @@ class Products:
         if not isinstance(layout.row_of, Tensor):
             total = self._by_place(out).baddbmm_(S, B.mT, alpha=alpha)
             if total.dtype != out.dtype:
-                _lines(out, layout).copy_(total.view(-1, out.shape[1]))
+                _lines(out, layout).copy_(total.flatten(0, 1))
         elif out.dtype == A.dtype:
             out.index_add_(0, layout.rows, _used(torch.bmm(S, B.mT), layout), alpha=alpha)
         else:  # one rounding, of the sum
@@ -57,8 +57,8 @@ class Products:
 
     def _by_place(self, t: Tensor) -> Tensor:
         """Rows of t as the lines of each place, (places, lines, columns) in the factors' dtype."""
-        lines = _lines(t, self._layout)
-        return lines.to(self._A.dtype).reshape(len(self._A), -1, t.shape[1])
+        lines, places = _lines(t, self._layout), len(self._A)
+        return lines.to(self._A.dtype).reshape(places, len(lines) // places, t.shape[1])
 
 
 def _lines(t: Tensor, layout: Layout) -> Tensor:
@@ -70,7 +70,7 @@ def _lines(t: Tensor, layout: Layout) -> Tensor:
 
 def _used(by_place: Tensor, layout: Layout) -> Tensor:
     """The lines that have a row: (entries, columns)."""
-    lines = by_place.view(-1, by_place.shape[2])
+    lines = by_place.flatten(0, 1)
     return lines if layout.used is None else lines.index_select(0, layout.used)
 
 
@@ -133,7 +133,7 @@ def _products(
         return None
     scales = [scales[slot] for slot in slots]
     layout, places = taken.laid_out(A.places), len(A.stack)
-    at_once = max(1, PIECE // (taken.most * max(A.stack.shape[2], B.stack.shape[1])))
+    at_once = max(1, PIECE // max(1, taken.most * max(A.stack.shape[2], B.stack.shape[1])))
     if places <= at_once or layout.used is not None:
         return [Products(A, B, scales, layout)]
     of_place = dict(zip(A.places, scales, strict=True))

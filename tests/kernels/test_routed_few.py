@@ -184,3 +184,14 @@ def test_rows_are_put_with_all_their_bits(dtype, columns, step, offset):
     wanted[index] = rows
     put_rows_(out, index, rows)
     assert torch.equal(out.contiguous().view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, N), (K, 0), (0, 0)])
+@pytest.mark.parametrize("slots", [[0, 0], [1, 0], [0, 0, 1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_columns(inputs, outputs, slots, dtype):
+    base, x, n = torch.randn(len(slots), outputs).to(dtype), torch.randn(len(slots), inputs).to(dtype), max(slots) + 1
+    As, Bs = [torch.randn(4, inputs)] * n, [torch.randn(outputs, 4)] * n
+    with torch.no_grad(), backend("torch"):
+        ours = lora_routed(base, x, As, Bs, SCALES[:n], *routing(one_each(slots), n, "cpu"))
+    assert torch.equal(ours, base)
