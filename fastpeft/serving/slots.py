@@ -166,6 +166,7 @@ class AdapterSlots:
         for slot in range(len(self.names)):
             self.clear(slot)
         self._patterns.clear()
+        settle_adapters(self.base_model)  # layers let go of what they remember of these adapters
         if self._is_own_wrapper and self._wrapped is not None:
             self._wrapped.base_model.unload()
             vars(self.base_model).pop("peft_config", None)

@@ -80,7 +80,10 @@ def any_watched(modules: Iterable[nn.Module]) -> bool:
 
 
 def hooks_registered() -> int:
-    """How many hooks torch has registered so far, on whatever it was: while it stays, no module has got another."""
+    """How many hooks torch began to register so far, on whatever it is.
+
+    While it stays no module gets another one, unless somebody writes into the table of its hooks.
+    """
     return RemovableHandle.next_id
 
 

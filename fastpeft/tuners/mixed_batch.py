@@ -37,7 +37,8 @@ def following(model: nn.Module, known: Collection[str], options: Mapping[str, An
 
 
 def _reach_checkpoints(model: nn.Module) -> None:
-    if torch.is_grad_enabled() or model.training:  # else nothing is recomputed, and a walk is long for one token
+    # Elsewhere nothing is recomputed, unless a model switches gradients on inside; and a walk is long for one token.
+    if torch.is_grad_enabled() or model.training:
         carry_through_checkpoints(all_modules(model, _outside_of_adapters))
 
 

@@ -14,7 +14,7 @@ from fastpeft_kernels.routed_passes import Layout, Pass, passes_of, put_rows_
 from fastpeft_kernels.routes import ranks_of
 from fastpeft_kernels.side_by_side import SideBySide, side_by_side
 
-FEW_ROWS = 256  # of a batch: always here
+FEW_ROWS = 256  # of a batch: always here, whatever its slots
 FEW_OF_A_SLOT = 128  # in larger batches, rows that every slot has
 PIECE = 1 << 18  # elements of x or out, copied and widened at a time: they stay in the cache
 FEW_OF_A_RANK = 4  # slots of one rank: those of fewer are not taken together
@@ -36,7 +36,10 @@ class Products:
             self._alpha, self._scales = 1.0, A.stack.new_tensor(of_places).view(-1, 1, 1)
 
     def add_to_(self, out: Tensor, x: Tensor) -> None:
-        """out (M, N) += scale · x Aᵀ Bᵀ for x (M, K); lines of no row compute something that nobody reads."""
+        """out (M, N) += scale · x Aᵀ Bᵀ for x (M, K), in the factors' dtype, rounded to out's once.
+
+        Rows without a slot keep their bits; lines without a row compute something that nobody reads.
+        """
         A, B, layout, alpha = self._A, self._B, self._layout, self._alpha
         lines = self._by_place(x)
         if lines.shape[1] <= 2:  # of a row or two MKL makes twice as quick work so
@@ -49,9 +52,10 @@ class Products:
             total = self._by_place(out).baddbmm_(S, B.mT, alpha=alpha)
             if total.dtype != out.dtype:
                 _lines(out, layout).copy_(total.flatten(0, 1))
-        elif out.dtype == A.dtype:
+        elif out.dtype == A.dtype and out.element_size() >= 4:  # narrow ones would be rounded twice, and torch's
+            # index_add_ rewrites NaNs in rows that it is not given
             out.index_add_(0, layout.rows, _used(torch.bmm(S, B.mT), layout), alpha=alpha)
-        else:  # one rounding, of the sum
+        else:
             total = _used(self._by_place(out).baddbmm_(S, B.mT, alpha=alpha), layout)
             put_rows_(out, layout.rows, total.to(out.dtype))
 

@@ -122,7 +122,7 @@ class Pass:
 def put_rows_(out: Tensor, index: Tensor, rows: Tensor) -> None:
     """out[index[i]] = rows[i], matrices of one dtype: by sixteen bytes, where index_copy_ takes element by element."""
     count = 16 // out.element_size()
-    if all(
+    if out.device.type == "cpu" and all(
         t.stride(1) == 1 and t.shape[1] % count == t.stride(0) % count == t.storage_offset() % count == 0
         for t in (out, rows)
     ):

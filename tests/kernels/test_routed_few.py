@@ -195,3 +195,24 @@ def test_no_columns(inputs, outputs, slots, dtype):
     with torch.no_grad(), backend("torch"):
         ours = lora_routed(base, x, As, Bs, SCALES[:n], *routing(one_each(slots), n, "cpu"))
     assert torch.equal(ours, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 0.001])
+def test_narrow_factors_and_rows_out_of_order(dtype, scale, ways):
+    """One rounding, of the sum: what is large before it is scaled does not overflow; a base row keeps its very NaN."""
+    slots = [1, 0, -1, 1, 0]
+    base, x = torch.randn(len(slots), N).to(dtype), 40 * torch.randn(len(slots), K).to(dtype)
+    base[2, 5] = torch.tensor([0x7FC1], dtype=torch.int16).view(torch.bfloat16).to(dtype)
+    As, Bs = [100 * torch.randn(4, K) for _ in range(2)], [10 * torch.randn(N, 4) for _ in range(2)]
+    As, Bs = [A.to(dtype) for A in As], [B.to(dtype) for B in Bs]
+    with torch.no_grad(), backend("torch"):
+        laid = laid_side_by_side(As, [0, 1]), laid_side_by_side(Bs, [0, 1])
+        ours = lora_routed(base, x, *laid, [scale] * 2, *routing(one_each(slots), 2, "cpu"))
+    assert ways == [("together", 2)]
+    assert torch.equal(ours[2].view(torch.int16), base[2].view(torch.int16))
+    rows = [0, 1, 3, 4]
+    S = torch.stack([As[slots[row]].double() @ x[row].double() for row in rows]).to(dtype).double()
+    delta = torch.stack([Bs[slots[row]].double() @ s for row, s in zip(rows, S, strict=True)])
+    wanted = (base[rows].double() + scale * delta).to(dtype)
+    torch.testing.assert_close(ours[rows], wanted)

@@ -16,6 +16,7 @@ from fastpeft.tuners.lora import LoraConfig, repeated_batch
 from fastpeft.tuners.lora import routed as routed_layers
 from fastpeft.tuners.lora.layer import Linear
 from fastpeft.tuners.lora.repeated_batch import RepeatedBatch
+from fastpeft.tuners.lora.variants import LoraVariant
 from fastpeft_kernels import backend
 from fastpeft_kernels.routed_few import Products
 
@@ -160,6 +161,23 @@ class KeepsProducts(torch.Tensor):
         return W.kept
 
 
+class Tripled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs)
+        return 3 * out.as_subclass(torch.Tensor) if func is nn.functional.linear else out
+
+
+class AddsNothing(LoraVariant):
+    is_a_sum = False
+
+    def obstacle(self, layer, adapter):
+        return "it is of no use"
+
+    def add(self, layer, adapter, out, x):
+        return out
+
+
 def insert(layer, name):
     for container in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.r, layer.scaling, layer.variants):
         container[name] = container["b"]
@@ -181,6 +199,13 @@ DISTURBANCES = {
     "a weight that keeps products": lambda layer: setattr(
         layer.base_layer, "weight", nn.Parameter(torch.randn(N, K).as_subclass(KeepsProducts), False)
     ),
+    "a weight made one that keeps products": lambda layer: torch.utils.swap_tensors(
+        layer.base_layer.weight, nn.Parameter(torch.randn(N, K).as_subclass(KeepsProducts), False)
+    ),
+    "a factor of another type": lambda layer: torch.utils.swap_tensors(
+        layer.lora_A["b"].weight, nn.Parameter(layer.lora_A["b"].weight.detach().as_subclass(Tripled))
+    ),
+    "another variant": lambda layer: layer.variants.update(b=AddsNothing()),
     "another base weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(N, K), False)),
     "another Parameter": lambda layer: setattr(layer.lora_A["b"], "weight", nn.Parameter(torch.randn(R, K))),
     "no Parameter": lambda layer: layer.lora_A["b"]._parameters.update(weight=torch.randn(R, K)),
@@ -300,16 +325,32 @@ def test_refilled_routings_and_other_batches(looks):
         layer(torch.randn(2, 1, K))
 
 
-def test_hooks_elsewhere(looks):
-    """They are a reason to look for hooks here, once, and no reason to forget."""
-    layer = layer_of()
-    for _ in range(3):
+def test_hooks_elsewhere(looks, monkeypatch):
+    """They are a reason to look for hooks here, twice, and no reason to forget."""
+    layer, asked = layer_of(), []
+    any_watched = repeated_batch.any_watched
+    monkeypatch.setattr(repeated_batch, "any_watched", lambda modules: asked.append(modules) or any_watched(modules))
+    for _ in range(6):
         before = decode(layer)
+    count, times = len(looks), len(asked)
+    assert times == 2
     nn.Linear(1, 1).register_forward_hook(doubled)
-    count = len(looks)
-    for _ in range(3):
+    for _ in range(6):
         assert torch.equal(decode(layer), before)
     assert len(looks) == count
+    assert len(asked) == times + 2
+
+
+def test_a_hook_that_is_counted_before_it_is_there():
+    layer = layer_of()
+    for _ in range(5):
+        before = decode(layer)
+    hooks = layer.lora_A["b"]._forward_hooks
+    handle = layer.lora_A["b"].register_forward_hook(doubled)
+    hook = hooks.pop(handle.id)
+    assert torch.equal(decode(layer), before)  # between two steps of another thread
+    hooks[handle.id] = hook
+    assert not torch.equal(decode(layer), before)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +394,33 @@ def test_weighted_rows():
         with torch.no_grad(), routed(routing):
             out = layer(x)
         torch.testing.assert_close(out - base, (wanted - base) * torch.tensor([0.5, 2.0, 1.0]).view(3, 1, 1))
+
+
+def test_inputs_wider_than_the_factors(products):
+    """Sums in the factors' dtype would round the base."""
+    layer = layer_of()
+    layer.base_layer.double()
+    for _ in range(4):
+        assert torch.equal(decode(layer, dtype=torch.float64), anew(layer, dtype=torch.float64))
+    assert not products
+
+
+def test_scalings_that_may_change_in_place(looks):
+    layer = layer_of()
+    layer.scaling["b"] = torch.tensor(1.0)
+    for value in (1.0, 2.0, 5.0, 1.0):
+        layer.scaling["b"].fill_(value)
+        assert torch.equal(decode(layer), anew(layer))
+
+
+def test_factors_read_as_another_dtype():
+    layer = layer_of()
+    for _ in range(3):
+        decode(layer)
+    layer.lora_A["b"].weight.requires_grad_(False)
+    give(layer.lora_A["b"], layer.lora_A["b"].weight.data.view(torch.int32))
+    with pytest.raises(RuntimeError, match="dtype"):
+        decode(layer)
 
 
 def test_an_input_of_another_dtype(looks):

@@ -22,7 +22,9 @@ from fastpeft_kernels.dispatch import use_triton
 from fastpeft_kernels.routed_few import Products, products_of_few
 
 _CONTAINERS = ("lora_A", "lora_B", "lora_dropout")
-_shape, _training, _parameters = attrgetter("shape"), itemgetter("training"), itemgetter("_parameters")
+_PARAMETERS = {nn.Parameter, type(None)}
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
+_training, _parameters = itemgetter("training"), itemgetter("_parameters")
 
 
 class RepeatedBatch:
@@ -79,7 +81,8 @@ class _Found:
     def __init__(self, layer: Any, seen: tuple[Any, ...], names: Sequence[str]) -> None:
         own, self._pick = layer._modules, _picker(names)
         self._seen, self._adapters_here, self._scaling = seen, len(layer.r), self._pick(layer.scaling)
-        self._hooks = hooks_registered()
+        self._variants = self._pick(layer.variants)
+        self._hooks = self._hooks_then = -1  # torch's count when hooks were looked for in vain: twice, and last time
         self._base, self._modules = own["base_layer"], [self._pick(own[name]._modules) for name in _CONTAINERS]
         self._base_parameters = list(self._base._parameters.values())
         As, Bs, dropouts = self._modules
@@ -88,10 +91,14 @@ class _Found:
         self._dropouts = [vars(module) for module in dropouts if type(module) is nn.Dropout]
         self._weights: list[Tensor] = [module.weight for module in (*As, *Bs)]
         self._addresses, self._shapes = list(map(Tensor.data_ptr, self._weights)), list(map(_shape, self._weights))
+        self._dtypes = list(map(_dtype, self._weights))
         self._products: list[Products] = []
 
     def find_products(self, tables: RoutingTables) -> bool:
         """Whether batched products are all that these adapters need."""
+        factors_dtype, is_fixed = self._dtypes[0], {float, int}.issuperset(map(type, self._scaling))
+        if not is_fixed or torch.promote_types(self._seen[-1], factors_dtype) != factors_dtype:
+            return False
         count = len(self._weights) // 2
         As, Bs = self._weights[:count], self._weights[count:]
         products = products_of_few(As, Bs, self._scaling, tables.rows, tables.starts)
@@ -128,6 +135,7 @@ class _Found:
             and not any(map(_training, self._dropouts))
             and self._have_the_same_weights()
             and self._pick(layer.scaling) == self._scaling
+            and self._pick(layer.variants) == self._variants
         )
 
     def _are_the_same_modules(self, layer: Any) -> bool:
@@ -141,21 +149,27 @@ class _Found:
 
     def _are_watched(self) -> bool:
         hooks = hooks_registered()
-        if hooks != self._hooks and any_watched(self._everyone):
-            return True
-        self._hooks = hooks
+        if hooks != self._hooks:
+            if any_watched(self._everyone):
+                return True
+            if hooks == self._hooks_then:  # torch counts a hook before it is there: another thread may be about to
+                self._hooks = hooks
+            self._hooks_then = hooks
         return any(map(contains, self._tables, repeat("forward")))
 
     def _have_the_same_weights(self) -> bool:
-        if not all(map(is_, self._base._parameters.values(), self._base_parameters)):
+        base = self._base_parameters
+        if not all(map(is_, self._base._parameters.values(), base)) or not _PARAMETERS.issuperset(map(type, base)):
             return False
         weights = self._weights
         parameters = list(map(_parameters, self._tables[1 : 1 + len(weights)]))
         return (
             all(map(is_, map(dict.get, parameters, repeat("weight")), weights))
             and all(map(is_, map(dict.get, parameters, repeat("bias")), repeat(None)))
+            and set(map(type, weights)) == {nn.Parameter}
             and list(map(Tensor.data_ptr, weights)) == self._addresses
             and list(map(_shape, weights)) == self._shapes
+            and list(map(_dtype, weights)) == self._dtypes
             and all(map(Tensor.is_contiguous, weights))
         )
 
