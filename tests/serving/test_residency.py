@@ -2,13 +2,17 @@
 
 import gc
 import os
+import weakref
 
 import pytest
 import serving_cases as cases
 import torch
+from torch import nn
 
 from fastpeft import LoraConfig, PeftModel, get_peft_model
 from fastpeft.checkpoint import AdapterFileError, get_peft_model_state_dict, save_adapter_files
+from fastpeft.routing import Routing
+from fastpeft.routing_scope import routed
 from fastpeft.serving import AdapterTooLargeError, ServingError, UnknownAdapterError
 from fastpeft.serving.registry import AdapterRegistry, AdapterVersion, CpuTier, source_of
 from fastpeft.serving.slots import AdapterSlots
@@ -342,3 +346,20 @@ def test_a_whole_module_that_equals_the_base_is_kept():
     model = get_peft_model(cases.tiny_base(), config)
     weights = AdapterWeights(config, get_peft_model_state_dict(model))
     assert without_base_weights(weights, base_weights_of(cases.tiny_base())) is weights
+
+
+def test_closed_slots_let_go_of_their_adapters():
+    """Also where the layers of a user's own model have seen a batch of them twice, and so remember it."""
+    config, layers = LoraConfig(r=16, target_modules=["0"], init_lora_weights=False), [nn.Linear(32, 48)]
+    tensors = get_peft_model_state_dict(get_peft_model(nn.Sequential(*layers), config))
+    host = get_peft_model(nn.Sequential(nn.Linear(32, 48)), config).eval()
+    slots, layer = AdapterSlots(host, 3), host.get_base_model()[0]
+    for slot in range(3):
+        slots.load(slot, AdapterWeights(config=config, tensors={key: t.detach().clone() for key, t in tensors.items()}))
+    factors = [weakref.ref(layer.lora_A[name].weight) for name in slots.names]
+    with torch.no_grad(), routed(Routing.by_row(slots.names)):
+        for _ in range(3):
+            layer(torch.randn(3, 1, 32))
+    slots.close()
+    gc.collect()
+    assert all(factor() is None for factor in factors)
