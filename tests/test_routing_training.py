@@ -110,15 +110,20 @@ def test_a_checkpoint_inside_a_known_one_is_refused(outer, inner):
         gradients(model, inputs, names)
 
 
+def assert_gradients_are(model, expected):
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for key, grad in found.items():
+        assert torch.equal(grad, expected[key]), key
+
+
 def test_a_checkpoint_around_the_whole_model():
     model, inputs, names = trained()
     expected = {key: grad.clone() for key, grad in gradients(model, inputs, names).items()}
     model.zero_grad()
     out = checkpoint(lambda: model(**inputs, adapter_names=names).logits, use_reentrant=False)
     out.square().mean((1, 2)).sum().backward()
-    for key, p in model.named_parameters():
-        if p.grad is not None:
-            assert torch.equal(p.grad, expected[key]), key
+    assert_gradients_are(model, expected)
 
 
 def test_a_block_around_a_model_with_checkpoints():
@@ -130,9 +135,7 @@ def test_a_block_around_a_model_with_checkpoints():
     with routed(Routing.by_row(names)):
         logits = model(**inputs).logits
     logits.square().mean((1, 2)).sum().backward()
-    for key, p in model.named_parameters():
-        if p.grad is not None:
-            assert torch.equal(p.grad, expected[key]), key
+    assert_gradients_are(model, expected)
 
 
 def test_checkpoints_of_models_that_are_no_longer_routed():
