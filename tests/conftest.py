@@ -58,3 +58,18 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ops_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers leave no input to torch's own gradients, however small: tests of the ops need no large shapes."""
+    from fastpeft.tuners.lora import few  # when asked for: tests of what importing fastpeft imports come first
+
+    monkeypatch.setattr(few, "FEW_ELEMENTS", 0)
+
+
+@pytest.fixture(params=["torch's gradients", "ops"])
+def either_path(request: pytest.FixtureRequest) -> None:
+    """Once as small inputs go, once as large ones do."""
+    if request.param == "ops":
+        request.getfixturevalue("ops_for_few")

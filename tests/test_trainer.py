@@ -173,6 +173,7 @@ def gradients(use_reentrant, dropout=0.3, steps=2):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_gives_equal_gradients(use_reentrant):
     expected = gradients(None)

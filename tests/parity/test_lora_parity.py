@@ -112,12 +112,14 @@ def compare_numbers(both, family):
             assert errors["ours"][name] <= allowed, f"{name}: off by {errors['ours'][name]:.2e} of its largest entry"
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_output_and_gradients(family, dtype):
     compare_numbers(pair(family, dtype, init_lora_weights=False, lora_alpha=2, bias="lora_only"), family)
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["rank and alpha patterns", "embedding", "modules to save"])
 def test_same_output_and_gradients_of_options(name, dtype):

@@ -1,16 +1,21 @@
-"""The path of a few rows without gradients: what it computes, and that it steps aside for whatever is not its case."""
+"""The path of a few rows: what it computes, and that it steps aside for whatever is not its case."""
+
+import copy
+from functools import partial
 
 import pytest
 import torch
 from numerics import assert_as_close_as_torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 
 import fastpeft
 from fastpeft.helpers import disable_input_dtype_casting
-from fastpeft.tuners.lora import LoraConfig
+from fastpeft.tuners.lora import LoraConfig, few
 from fastpeft.tuners.lora.few import forward_of_few
 from fastpeft.tuners.lora.layer import Embedding, Linear
+from fastpeft_kernels.low_rank import FEW_ROWS
 
 K, N = 37, 23
 
@@ -52,6 +57,70 @@ def test_it_is_the_layer(dtype, bias):
         assert_as_close_as_torch("out", out, eager, exact)
 
 
+def by_modules(layer, x):
+    """PEFT's forward, and so its draws of dropout."""
+    A, B, dropout = (modules["default"] for modules in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    out = layer.base_layer(x)
+    return (out + B(A(dropout(x.to(A.weight.dtype)))) * layer.scaling["default"]).to(out.dtype)
+
+
+def output_and_gradients(forward, layer, x):
+    """By name; of everything that is trained, and of x."""
+    torch.manual_seed(2)
+    x = x.clone().requires_grad_()
+    out = forward(x)
+    layer.zero_grad()
+    out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
+    gradients = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    return {"out": out.detach(), "x": x.grad} | gradients
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_its_gradients(dtype, bias, dropout):
+    layer = lora(nn.Linear(K, N, bias=bias).to(dtype), lora_dropout=dropout).train()
+    if bias:
+        layer.base_layer.bias.requires_grad_(True)
+    for adapter_dtype in (torch.float32, dtype):
+        layer.lora_A.to(adapter_dtype)
+        layer.lora_B.to(adapter_dtype)
+        exact_layer = copy.deepcopy(layer).double()
+        ours = output_and_gradients(partial(forward_of_few, layer), layer, row(dtype))
+        eager = output_and_gradients(partial(by_modules, layer), layer, row(dtype))
+        exact = output_and_gradients(partial(by_modules, exact_layer), exact_layer, row(dtype).double())
+        assert ours.keys() == eager.keys() == exact.keys()
+        for name in eager:
+            assert ours[name].dtype == eager[name].dtype
+            assert_as_close_as_torch(name, ours[name], eager[name], exact[name])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_draws_the_same_again(use_reentrant):
+    layer = lora(lora_dropout=0.5).train()
+    expected = output_and_gradients(layer, layer, row())
+    found = output_and_gradients(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant), layer, row())
+    for name, t in expected.items():
+        assert torch.equal(found[name], t), name
+
+
+def test_larger_inputs_are_left_to_the_op(monkeypatch):
+    layer = lora()
+    for mode in (torch.enable_grad, torch.no_grad):
+        for training in (True, False):
+            layer.train(training)
+            for limit, rows, is_ours in ((10 * K, 10, True), (10 * K - 1, 10, False), (20 * K, 21, False)):
+                monkeypatch.setattr(few, "FEW_ELEMENTS", limit)
+                with mode():
+                    found = forward_of_few(layer, row(rows=rows))
+                of_decoding = mode is torch.no_grad and not training and rows <= FEW_ROWS
+                assert (found is not None) == (is_ours or of_decoding)
+    monkeypatch.setattr(few, "FEW_ELEMENTS", 10 * K)
+    wide = lora(nn.Linear(K, K + 1)).train()
+    assert forward_of_few(wide, row(rows=10)) is None
+    assert forward_of_few(wide, row(rows=9)) is not None
+
+
 def hook_on(find):
     def disturb(layer):
         find(layer).register_forward_hook(lambda *_: None)
@@ -85,7 +154,6 @@ DISTURBANCES = {
     "no adapter": without_an_adapter,
     "disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merge(),
-    "training": lambda layer: layer.train(),
     "dtypes differ": lambda layer: layer.lora_B.to(torch.float64),
     "adapter in float64": lambda layer: (layer.lora_A.double(), layer.lora_B.double()),
     "another input dtype": lambda layer: layer.base_layer.double(),
@@ -119,10 +187,8 @@ def test_it_is_for_linear_layers():
 
 def test_it_looks_at_what_is_around():
     layer = lora()
-    assert forward_of_few(layer, row()) is None  # gradients are recorded
     with torch.no_grad():
         assert forward_of_few(layer, row()) is not None
-        assert forward_of_few(layer, row(rows=17)) is None
         assert forward_of_few(layer, nn.Parameter(row())) is not None
         with torch.autocast("cpu", torch.bfloat16):
             assert forward_of_few(layer, row()) is None

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import fastpeft
 from fastpeft.tuners.lora import fused
 
+pytestmark = pytest.mark.usefixtures("ops_for_few")
+
 
 class Net(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32, linear: Callable[..., nn.Module] = nn.Linear) -> None:

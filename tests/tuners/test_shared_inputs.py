@@ -16,6 +16,8 @@ from fastpeft.tuners import shared_inputs
 from fastpeft.tuners.lora import fused
 from fastpeft_kernels import product
 
+pytestmark = pytest.mark.usefixtures("ops_for_few")
+
 
 def nothing() -> None:
     """In the place of what runs between two calls."""
