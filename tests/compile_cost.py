@@ -23,8 +23,8 @@ from typing import Any
 # The most shared memory that one block may have, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY_COLUMNS = 512  # of 10.0, for all accumulators of one block; other targets have none
-# The matrix instruction of a full-size dot. Ampere and Ada have one kind, for any size.
-MATRIX_OP = {80: r"[HI]MMA", 86: r"[HI]MMA", 90: r"[HIQ]GMMA", 100: r"UTC[A-Z]*MMA"}
+# The matrix instruction of a full-size dot, in PTX (HMMA, HGMMA, UTC*MMA of the machine). 8.x has one for any size.
+MATRIX_OP = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 # 8.6 and 8.9 run the same instructions as 8.0; what they lack is shared memory.
 COMPILED_AS = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100}
 
@@ -35,30 +35,29 @@ class Cost:
 
     registers: int
     stack: int  # bytes; not zero means that registers were spilled
-    spills: int  # loads and stores of local memory
     shared: int  # bytes
     matrix: int  # warp-group matrix instructions, or the target's own where it has one kind only
-    warp_matrix: int  # HMMA: right for dots of fewer than 64 rows
-    bulk_copies: int  # UTMALDG: the bulk copy engine
+    warp_matrix: int  # mma.sync: right for dots of fewer than 64 rows
+    bulk_copies: int  # by the bulk copy engine, into shared memory
     tensor_memory: int = 0  # columns
-    overlapped: int = 0  # warp-group matrix instructions of 9.0 that follow another one without a wait
+    overlapped: int = 0  # of a pipelined case on 9.0: warp-group matrix instructions after another one without a wait
 
     def complaints(self, case: Any, capability: int) -> list[str]:
         """What is wrong with `case` compiled for `capability`; empty when nothing is."""
         found = []
-        if self.stack or self.spills:
-            found.append(f"spills: {self.stack} bytes of stack, {self.spills} local loads and stores")
+        if self.stack:
+            found.append(f"spills: {self.stack} bytes of stack")
         if self.shared > SHARED_LIMIT[capability]:
             found.append(f"needs {self.shared} bytes of shared memory, sm_{capability} has {SHARED_LIMIT[capability]}")
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             found.append(f"needs {self.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
         if case.pipelined and not self.bulk_copies:
-            found.append("no UTMALDG: loads do not go through the bulk copy engine")
+            found.append("no cp.async.bulk: loads do not go through the bulk copy engine")
         if case.pipelined and capability == 90 and not self.overlapped:
             found.append("serialised: a wait after each HGMMA, `ptxas -v` on the PTX tells why")
         if case.uses_matrix and not (self.matrix or (case.dot_rows < 64 and self.warp_matrix)):
             found.append(
-                f"no {MATRIX_OP[COMPILED_AS[capability]]} (found {self.warp_matrix} HMMA): not on the matrix units"
+                f"no {MATRIX_OP[COMPILED_AS[capability]]} (found {self.warp_matrix} mma.sync): not on the matrix units"
             )
         return found
 
@@ -146,33 +145,36 @@ def _compile(case: Any, target: str) -> dict[str, int] | None:
     )
     if kind != "cuda":
         return None
-    usage, sass = _disassemble(compiled.asm["cubin"])
+    usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, f"cuobjdump reports no resources:\n{usage}"
-    count = lambda op: len(re.findall(rf"\b{op}\b", sass))  # noqa: E731
+    is_overlapped = case.pipelined and int(arch) == 90  # disassembling takes as long as compiling
+    count = lambda op: len(re.findall(rf"\b{op}\b", compiled.asm["ptx"]))  # noqa: E731
     return {
         "registers": int(match[1]),
         "stack": int(match[2]),
-        "spills": count("LDL") + count("STL"),
         "shared": compiled.metadata.shared,
         "matrix": count(MATRIX_OP[int(arch)]),
-        "warp_matrix": count("HMMA"),
-        "bulk_copies": count("UTMALDG"),
-        "overlapped": len(re.findall(r"HGMMA(?=(?:(?!DEPBAR)[^;]*;)+?[^;]*HGMMA)", sass)),
+        "warp_matrix": count(r"mma\.sync"),
+        "bulk_copies": count(r"cp\.async\.bulk\.tensor\.\w+\.shared::"),
+        "overlapped": _overlapped(_cuobjdump(compiled.asm["cubin"], "-sass")) if is_overlapped else 0,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
     }
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code of a compiled kernel, by the tool that Triton carries."""
+def _overlapped(sass: str) -> int:
+    return len(re.findall(r"HGMMA(?=(?:(?!DEPBAR)[^;]*;)+?[^;]*HGMMA)", sass))
+
+
+def _cuobjdump(cubin: bytes, flag: str) -> str:
+    """What the tool that Triton carries says of a compiled kernel."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout  # noqa: E731
-        return run("-res-usage"), run("-sass")
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

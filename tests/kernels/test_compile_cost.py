@@ -53,10 +53,10 @@ def test_missing_matrix_instructions_are_seen(examples):
 
 
 def test_a_pipeline_that_is_none_is_seen(examples):
-    case = dataclasses.replace(CASES["dots/good"], pipelined=True)
-    cost = examples.compile("dots/good", "cuda:90")
+    case = CASES["dots/no-pipeline"]
+    cost = examples.compile("dots/no-pipeline", "cuda:90")
     assert cost.overlapped > 0  # one step's instructions run on without a wait
-    assert cost.complaints(case, 90) == ["no UTMALDG: loads do not go through the bulk copy engine"]
+    assert cost.complaints(case, 90) == ["no cp.async.bulk: loads do not go through the bulk copy engine"]
     assert dataclasses.replace(cost, bulk_copies=2).complaints(case, 90) == []
     assert "serialised" in dataclasses.replace(cost, bulk_copies=2, overlapped=0).complaints(case, 90)[0]
 
@@ -88,7 +88,7 @@ def test_kernels_that_ask_for_their_target_are_told(examples):
 
 
 def test_consumer_cards_have_less_shared_memory():
-    cost = Cost(registers=64, stack=0, spills=0, shared=100 * 1024, matrix=4, warp_matrix=4, bulk_copies=0)
+    cost = Cost(registers=64, stack=0, shared=100 * 1024, matrix=4, warp_matrix=4, bulk_copies=0)
     assert cost.complaints(CASES["dots/good"], 80) == []
     assert str(SHARED_LIMIT[86]) in cost.complaints(CASES["dots/good"], 86)[0]
 

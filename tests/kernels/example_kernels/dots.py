@@ -56,6 +56,7 @@ def _product(name: str, m: int, n: int, k: int, warps: int, stages: int, **more:
 
 def compile_cases() -> Iterator[CompileCase]:
     yield _product("good", 128, 128, 64, 8, 3)
+    yield _product("no-pipeline", 128, 128, 64, 8, 3, pipelined=True)
     yield _product("short", 16, 128, 64, 4, 2, dot_rows=16)
     yield _product("spilling", 256, 256, 32, 4, 2)
     yield _product("oversized", 128, 256, 64, 8, 5)
