@@ -63,9 +63,9 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def ops_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers leave no input to torch's own gradients, however small: tests of the ops need no large shapes."""
-    from fastpeft.tuners.lora import few  # when asked for: tests of what importing fastpeft imports come first
+    from fastpeft_kernels import dispatch  # when asked for: tests of what an import brings along come first
 
-    monkeypatch.setattr(few, "FEW_ELEMENTS", 0)
+    monkeypatch.setattr(dispatch, "FEW_ELEMENTS", 0)
 
 
 @pytest.fixture(params=["torch's gradients", "ops"])

@@ -132,6 +132,26 @@ def use_triton(x: Tensor, other: Tensor | None = None) -> bool:
     return True
 
 
+FEW_ELEMENTS = 1 << 17  # of an op's input and output; from 256 rows of 512 on, or 128 of 1024, ours are ahead again
+
+
+def are_few(x: Tensor, columns: int) -> bool:
+    """Whether plain operators, differentiated by torch itself, take less time than an op of ours on the torch path.
+
+    There the host is what counts: the passes that our backward saves are worth less than its Python, and the memory is
+    little. The answer must not depend on whether gradients are recorded: a reentrant checkpoint runs a layer without
+    them first, then with them, and must draw the same dropout both times.
+
+    Args:
+        x: (..., K), what the op reads.
+        columns: of its output.
+    """
+    if torch.compiler.is_compiling() or _product == "own" or use_triton(x):
+        return False
+    size = x.numel()
+    return size <= FEW_ELEMENTS and size * columns <= FEW_ELEMENTS * x.shape[-1]
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Autocast off on x's device: a backward pass may be called inside a block of autocast, and has cast already."""
     on = torch.is_autocast_enabled(x.device.type)

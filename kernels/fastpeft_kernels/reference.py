@@ -47,15 +47,15 @@ def lora_linear_of_few(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: 
     return F.linear(x, W, bias).add_(F.linear(S, B), alpha=scale)
 
 
-def trained_lora_linear_of_few(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout_p: float
-) -> Tensor:
-    """`lora_linear` on x of shape (..., K), differentiated by torch itself. S is scaled, as the sum's factor would
-    scale gradients in x's dtype."""
+def low_rank_of_few(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout_p: float) -> Tensor:
+    """scale · drop(x) Aᵀ Bᵀ in A's dtype, x of shape (..., K), with torch's own gradients.
+
+    The scale is S's: as that of a sum it would scale gradients in x's dtype.
+    """
     dropped = x if x.dtype == A.dtype else x.to(A.dtype)
     if dropout_p:
         dropped = F.dropout(dropped, dropout_p)
-    return F.linear(x, W, bias).add_(F.linear(F.linear(dropped, A) * scale, B))
+    return F.linear(F.linear(dropped, A) * scale, B)
 
 
 def lora_linear_backward(

@@ -46,6 +46,7 @@ def options_of(name):
     return {**OPTIONS, **LLAMA_OPTIONS}[name]
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize(("family", "name"), CASES, ids=str)
 def test_same_weights_outputs_and_gradients(family, name):
     both = ia3(family, **options_of(name))
@@ -65,6 +66,7 @@ def test_same_weights_outputs_and_gradients(family, name):
         assert_as_close_as_torch(key, found[key], eager[key], exact[key])
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("autocast", [True, False], ids=["fp32 vectors", "narrow vectors"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,6 +176,7 @@ def test_same_defaults_for_every_family():
         assert getattr(constants, name) == getattr(reference_constants, name)
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(use_reentrant):
     both = ia3("llama", init_ia3_weights=False)

@@ -131,6 +131,7 @@ def test_a_dora_layer_is_not_computed_by_its_siblings(calls):
     assert calls == ["lora_group", "dora_linear"]
 
 
+@pytest.mark.usefixtures("ops_for_few")
 def test_several_adapters_take_the_modules(calls):
     model = adapted()
     model.add_adapter("other", fastpeft.LoraConfig(r=3, target_modules=["linear"], init_lora_weights=False))

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastpeft
 from fastpeft.helpers import disable_input_dtype_casting
-from fastpeft.tuners.lora import LoraConfig, few
+from fastpeft.tuners.lora import LoraConfig, fused
 from fastpeft.tuners.lora.few import forward_of_few
 from fastpeft.tuners.lora.layer import Embedding, Linear
+from fastpeft_kernels import dispatch
 from fastpeft_kernels.low_rank import FEW_ROWS
 
 K, N = 37, 23
@@ -95,6 +96,23 @@ def test_its_gradients(dtype, bias, dropout):
             assert_as_close_as_torch(name, ours[name], eager[name], exact[name])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_where_the_base_is_called(dtype, dropout, monkeypatch):
+    layer = lora(nn.Linear(K, N).to(dtype), lora_dropout=dropout).train()
+    called = []
+    layer.base_layer.register_forward_hook(lambda *_: called.append(True))
+    monkeypatch.setattr(fused, "lora_add", lambda *_: pytest.fail("the op"))
+    exact_layer = copy.deepcopy(layer).double()
+    ours = output_and_gradients(layer, layer, row(dtype))
+    assert called == [True]
+    eager = output_and_gradients(partial(by_modules, layer), layer, row(dtype))
+    exact = output_and_gradients(partial(by_modules, exact_layer), exact_layer, row(dtype).double())
+    for name in eager:
+        assert ours[name].dtype == eager[name].dtype
+        assert_as_close_as_torch(name, ours[name], eager[name], exact[name])
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_checkpoint_draws_the_same_again(use_reentrant):
     layer = lora(lora_dropout=0.5).train()
@@ -110,12 +128,12 @@ def test_larger_inputs_are_left_to_the_op(monkeypatch):
         for training in (True, False):
             layer.train(training)
             for limit, rows, is_ours in ((10 * K, 10, True), (10 * K - 1, 10, False), (20 * K, 21, False)):
-                monkeypatch.setattr(few, "FEW_ELEMENTS", limit)
+                monkeypatch.setattr(dispatch, "FEW_ELEMENTS", limit)
                 with mode():
                     found = forward_of_few(layer, row(rows=rows))
                 of_decoding = mode is torch.no_grad and not training and rows <= FEW_ROWS
                 assert (found is not None) == (is_ours or of_decoding)
-    monkeypatch.setattr(few, "FEW_ELEMENTS", 10 * K)
+    monkeypatch.setattr(dispatch, "FEW_ELEMENTS", 10 * K)
     wide = lora(nn.Linear(K, K + 1)).train()
     assert forward_of_few(wide, row(rows=10)) is None
     assert forward_of_few(wide, row(rows=9)) is not None

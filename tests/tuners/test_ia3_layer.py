@@ -13,6 +13,7 @@ from fastpeft.benchmark.memory import saved_bytes
 from fastpeft.tuners.ia3 import Linear
 
 
+@pytest.mark.usefixtures("either_path")
 @side
 @pytest.mark.parametrize("adapter_dtype", ["fp32", "as the base"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -22,6 +23,7 @@ def test_output_and_gradients(kind, dtype, adapter_dtype, feedforward):
     assert_same_numbers(layer, reference_of(layer, kind), input_of(dtype))
 
 
+@pytest.mark.usefixtures("either_path")
 @side
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @kinds
@@ -68,6 +70,7 @@ def test_disabled_and_without_active_adapter_is_the_base_bit_by_bit(kind, feedfo
     assert torch.equal(layer(x), base)
 
 
+@pytest.mark.usefixtures("either_path")
 def test_no_rows_and_one_row():
     layer = ia3("linear", True)
     assert layer(torch.empty(0, K)).shape == (0, N)
@@ -191,6 +194,7 @@ def test_explain():
     assert "merged" in path_of(model)["down_proj"][1]
 
 
+@pytest.mark.usefixtures("ops_for_few")
 @pytest.mark.parametrize("obstacle", ["hook", "trained", "no_grad", "autocast", "dtype", "argument"])
 def test_the_base_module_is_called_wherever_something_hangs_on_it(obstacle, monkeypatch):
     layer, x = ia3("linear", True), input_of()
@@ -247,6 +251,7 @@ def test_functional_transforms_take_plain_torch():
     torch.testing.assert_close(torch.func.grad(loss)(values["ia3_l.default"]), expected["ia3_l.default"])
 
 
+@pytest.mark.usefixtures("ops_for_few")
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @side
 def test_kept_for_backward(dtype, feedforward):

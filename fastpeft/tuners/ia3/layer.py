@@ -15,6 +15,7 @@ from fastpeft.tuners.bases import Base, EmbeddingBase, base_for
 from fastpeft.tuners.eligibility import base_parts, is_ordinary
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
 from fastpeft_kernels import scale_columns, scale_linear, scale_routed
+from fastpeft_kernels.dispatch import are_few
 
 
 @dataclass
@@ -262,6 +263,7 @@ class IA3Layer(nn.Module, BaseTunerLayer):
             and is_ordinary(x)
             and is_ordinary(vector)
             and x.dtype == self.base_layer._parameters["weight"].dtype  # type: ignore[union-attr]
+            and not are_few(x, self.out_features)
             and not torch.is_autocast_enabled(x.device.type)
         )
 
@@ -283,8 +285,8 @@ class IA3Layer(nn.Module, BaseTunerLayer):
 
 
 def _scale(x: Tensor, vector: Tensor) -> Tensor:
-    """x · vector in x's dtype: by the op, or in plain torch where only that can be transformed or exported."""
-    if is_ordinary(x) and is_ordinary(vector):
+    """x · vector in x's dtype: by the op; in plain torch what is small, or can only so be transformed or exported."""
+    if is_ordinary(x) and is_ordinary(vector) and not are_few(x, x.shape[-1]):
         return scale_columns(x, vector)
     return (x * vector.flatten()).to(x.dtype)
 

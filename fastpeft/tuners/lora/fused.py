@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from fastpeft.tuners.eligibility import any_watched, base_parts, is_ordinary, plain_weight, watched, watched_everywhere
 from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
 from fastpeft_kernels import LoraOperands, current_product, lora_add, lora_group, lora_linear
+from fastpeft_kernels.dispatch import are_few
 from fastpeft_kernels.lora import inferring_few
+from fastpeft_kernels.reference import low_rank_of_few
 
 _LINEAR, _DROPOUTS, _PARAMETER = {nn.Linear}, {nn.Identity, nn.Dropout}, {nn.Parameter}
 _is_meta, _dtype, _is_a_sum = attrgetter("is_meta"), attrgetter("dtype"), attrgetter("is_a_sum")
@@ -182,12 +184,15 @@ def _sharing(
 
 
 def add_low_rank(layer: Any, adapter: str, out: Tensor, x: Tensor) -> Tensor:
-    """out + scaling · drop(x) Aᵀ Bᵀ: by the op, in out's dtype; or by the modules, in the wider of both dtypes."""
+    """out + scaling · drop(x) Aᵀ Bᵀ: from the factors in out's dtype, or by the modules in the wider of both dtypes."""
     parts = adapter_parts(layer, adapter) if is_ordinary(x) and is_ordinary(out) else "not an ordinary tensor"
     if isinstance(parts, str):
         return out + layer.base.low_rank(layer, adapter, x)
     A, B, p = parts
-    return lora_add(out, x, A, B, layer.scaling[adapter], p)
+    scale = layer.scaling[adapter]
+    if are_few(x, out.shape[-1]) and not torch.is_autocast_enabled(x.device.type):
+        return (out + low_rank_of_few(x, A, B, scale, p)).to(out.dtype)
+    return lora_add(out, x, A, B, scale, p)
 
 
 # For `fastpeft.explain`.
