@@ -44,6 +44,7 @@ def kept(model: nn.Module) -> int:
     return saved_bytes(lambda: model(**inputs).loss, inputs=[inputs["input_ids"]], parameters=there).own
 
 
+@pytest.mark.usefixtures("ops_for_few")
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_of_four_wide_tensors_are_not_kept(p, dtype):

@@ -111,10 +111,13 @@ class InputGroup:
     Attributes:
         parent: the module that calls them.
         names: their names in it.
+        columns: of the widest output.
     """
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.parent, self.names = parent, names
+        layers: list[Any] = [parent._modules[name] for name in names]
+        self.columns: int = max(layer.out_features for layer in layers)
         self._is_open = False
         self._recording = (False, False)
         self._together: _Together | None = None
@@ -122,8 +125,8 @@ class InputGroup:
             parent.register_forward_pre_hook(self._open),
             parent.register_forward_hook(self._close, always_call=True),
         )
-        for name in names:
-            parent._modules[name].input_group = self  # type: ignore[union-attr,assignment]
+        for layer in layers:
+            layer.input_group = self
 
     def is_on(self) -> bool:
         """Whether the parent's forward is running, and no part of it by itself; and sharing is not switched off."""
@@ -199,7 +202,7 @@ class InputGroup:
             return None
         group = memo[id(self)] = InputGroup.__new__(InputGroup)
         group.parent, group.names, group._is_open, group._together = parent, self.names, False, None
-        group._recording = (False, False)
+        group.columns, group._recording = self.columns, (False, False)
         group._handles = copy.deepcopy(self._handles, memo)
         return group
 

@@ -132,7 +132,9 @@ def use_triton(x: Tensor, other: Tensor | None = None) -> bool:
     return True
 
 
-FEW_ELEMENTS = 1 << 17  # of an op's input and output; from 256 rows of 512 on, or 128 of 1024, ours are ahead again
+# Of an op's input and of its output. Ours are ahead again from some 256 rows of 512 on, or 128 of 1024; of narrow rows
+# from some 512, where the host is no longer what counts.
+FEW_ELEMENTS, FEW_ROWS = 1 << 17, 512
 
 
 def are_few(x: Tensor, columns: int) -> bool:
@@ -148,8 +150,8 @@ def are_few(x: Tensor, columns: int) -> bool:
     """
     if torch.compiler.is_compiling() or _product == "own" or use_triton(x):
         return False
-    size = x.numel()
-    return size <= FEW_ELEMENTS and size * columns <= FEW_ELEMENTS * x.shape[-1]
+    size, K = x.numel(), x.shape[-1]
+    return size <= FEW_ELEMENTS and size <= FEW_ROWS * K and size * columns <= FEW_ELEMENTS * K
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -110,6 +110,7 @@ def test_path_and_numbers(linear, calls):
     assert calls == (["dora_linear"] if linear is nn.Linear else ["dora_norm"])
 
 
+@pytest.mark.usefixtures("ops_for_few")
 def test_a_group_is_made_without_dora_layers(calls):
     model = adapted(targets=("linear",))
     config = fastpeft.LoraConfig(r=3, target_modules=["second", "third"], init_lora_weights=False)
@@ -123,6 +124,7 @@ def test_a_group_is_made_without_dora_layers(calls):
         torch.testing.assert_close(together, model(x))
 
 
+@pytest.mark.usefixtures("ops_for_few")
 def test_a_dora_layer_is_not_computed_by_its_siblings(calls):
     model = adapted(targets=("second",))
     model.add_adapter("plain", fastpeft.LoraConfig(r=3, target_modules=["linear", "third"], init_lora_weights=False))

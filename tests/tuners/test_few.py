@@ -76,13 +76,13 @@ def output_and_gradients(forward, layer, x):
     return {"out": out.detach(), "x": x.grad} | gradients
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_its_gradients(dtype, bias, dropout):
-    layer = lora(nn.Linear(K, N, bias=bias).to(dtype), lora_dropout=dropout).train()
-    if bias:
-        layer.base_layer.bias.requires_grad_(True)
+def test_its_gradients(dtype, bias, dropout, training):
+    layer = lora(nn.Linear(K, N, bias=bias).to(dtype), lora_dropout=dropout).train(training)
+    layer.base_layer.requires_grad_(bias)
     for adapter_dtype in (torch.float32, dtype):
         layer.lora_A.to(adapter_dtype)
         layer.lora_B.to(adapter_dtype)
@@ -113,30 +113,70 @@ def test_gradients_where_the_base_is_called(dtype, dropout, monkeypatch):
         assert_as_close_as_torch(name, ours[name], eager[name], exact[name])
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_checkpoint_draws_the_same_again(use_reentrant):
-    layer = lora(lora_dropout=0.5).train()
+@pytest.mark.parametrize("training", [(True, True), (True, False), (False, True)], ids=str)
+def test_a_reentrant_checkpoint_draws_the_same_again(training):
+    """It runs the layer without gradients first."""
+    layer = lora(lora_dropout=0.5)
+    layer.train(training[0])
+    layer.lora_dropout.train(training[1])
     expected = output_and_gradients(layer, layer, row())
-    found = output_and_gradients(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant), layer, row())
+    found = output_and_gradients(lambda x: checkpoint(layer, x, use_reentrant=True), layer, row())
     for name, t in expected.items():
         assert torch.equal(found[name], t), name
 
 
-def test_larger_inputs_are_left_to_the_op(monkeypatch):
-    layer = lora()
-    for mode in (torch.enable_grad, torch.no_grad):
-        for training in (True, False):
-            layer.train(training)
-            for limit, rows, is_ours in ((10 * K, 10, True), (10 * K - 1, 10, False), (20 * K, 21, False)):
-                monkeypatch.setattr(dispatch, "FEW_ELEMENTS", limit)
-                with mode():
-                    found = forward_of_few(layer, row(rows=rows))
-                of_decoding = mode is torch.no_grad and not training and rows <= FEW_ROWS
-                assert (found is not None) == (is_ours or of_decoding)
-    monkeypatch.setattr(dispatch, "FEW_ELEMENTS", 10 * K)
-    wide = lora(nn.Linear(K, K + 1)).train()
-    assert forward_of_few(wide, row(rows=10)) is None
-    assert forward_of_few(wide, row(rows=9)) is not None
+def test_its_output_is_nobodys_view():
+    out = lora(nn.Linear(K, N))(row())
+    out.detach_()
+    assert not lora(nn.Linear(K, N))(row())._is_view()
+
+
+def test_no_columns():
+    layer = Linear(nn.Linear(0, N), "default", LoraConfig(r=5), r=5, lora_alpha=3)
+    assert torch.equal(layer(torch.randn(3, 0)), layer.base_layer.bias.expand(3, N))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_larger_inputs_are_left_to_the_op(recorded, training, monkeypatch):
+    def is_taken(rows, columns=N, elements=10 * K, most_rows=100):
+        monkeypatch.setattr(dispatch, "FEW_ELEMENTS", elements)
+        monkeypatch.setattr(dispatch, "FEW_ROWS", most_rows)
+        layer = lora(nn.Linear(K, columns)).train(training)
+        with torch.set_grad_enabled(recorded):
+            return forward_of_few(layer, row(rows=rows)) is not None
+
+    if recorded or training:
+        assert is_taken(10)
+        assert not is_taken(11)
+        assert not is_taken(10, columns=K + 1)
+        assert is_taken(9, columns=K + 1)
+        assert not is_taken(10, most_rows=9)
+    else:  # decoding
+        assert is_taken(FEW_ROWS, columns=K + 1)
+        assert not is_taken(FEW_ROWS + 1, elements=100 * K)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(K, 4 * N), nn.Linear(K, N), nn.Linear(K, N)
+
+    def forward(self, x):
+        return self.q(x), self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize(("elements", "ops"), [(20 * 4 * N, 0), (20 * 4 * N - 1, 3)])
+def test_layers_that_share_an_input_go_one_way(elements, ops, monkeypatch):
+    monkeypatch.setattr(dispatch, "FEW_ELEMENTS", elements)
+    layers = []
+    group_op = fused.lora_group
+    monkeypatch.setattr(fused, "lora_group", lambda x, members: layers.extend(members) or group_op(x, members))
+    monkeypatch.setattr(fused, "lora_linear", lambda *_: pytest.fail("a layer for itself"))
+    model = fastpeft.get_peft_model(Attention(), LoraConfig(r=2, target_modules=["q", "k", "v"])).train()
+    assert model.base_model.model.q.input_group is not None
+    model(torch.randn(20, K))
+    assert len(layers) == ops
 
 
 def hook_on(find):

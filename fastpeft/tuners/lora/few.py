@@ -22,8 +22,8 @@ _DROPOUTS = {nn.Identity, nn.Dropout}
 
 def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
     """The layer's output with its one active adapter, (..., N) in x's dtype; None where this is not the case."""
-    few = are_few(x, layer.out_features)
-    if not (few or inferring_few(x)) or not is_ordinary(x) or watched_everywhere():
+    trains, decodes = trains_few(layer, x), inferring_few(x)
+    if not (trains or decodes) or not is_ordinary(x) or watched_everywhere():
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
@@ -54,9 +54,16 @@ def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
     if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != dtype):
         return None
     scale = own["scaling"][name]
-    if not own["training"] and not torch.is_grad_enabled() and not dropout.training:
-        return lora_linear_of_few(x, W, bias, a, b, scale)
-    if not few:
+    if not (own["training"] or dropout.training or torch.is_grad_enabled()):
+        return lora_linear_of_few(x, W, bias, a, b, scale) if decodes else None
+    if not trains:
         return None
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return F.linear(x, W, bias).add_(low_rank_of_few(x, a, b, scale, p))
+    # not in place: the base's output may be a view, or be kept by a checkpoint
+    return (F.linear(x, W, bias) + low_rank_of_few(x, a, b, scale, p)).to(dtype)
+
+
+def trains_few(layer: Any, x: Tensor) -> bool:
+    """Whether training leaves this input to torch's own gradients: that of all layers who share it, or of none."""
+    group = layer.input_group
+    return are_few(x, layer.out_features if group is None else group.columns)
