@@ -65,7 +65,7 @@ def ops_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers leave no input to torch's own gradients, however small: tests of the ops need no large shapes."""
     from fastpeft_kernels import dispatch  # when asked for: tests of what an import brings along come first
 
-    monkeypatch.setattr(dispatch, "FEW_ELEMENTS", 0)
+    monkeypatch.setattr(dispatch, "MOST_ELEMENTS", 0)
 
 
 @pytest.fixture(params=["torch's gradients", "ops"])

@@ -57,7 +57,7 @@ def check_one_step(rank: int, wrapper: str) -> None:
     calls: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         alone_op, group_op = fused.lora_linear, fused.lora_group
-        patch.setattr(dispatch, "FEW_ELEMENTS", 0)  # the inputs are small
+        patch.setattr(dispatch, "MOST_ELEMENTS", 0)  # the inputs are small
         patch.setattr(fused, "lora_linear", lambda *args: calls.append(1) or alone_op(*args))
         patch.setattr(fused, "lora_group", lambda x, members: calls.append(len(members)) or group_op(x, members))
         model = WRAPPERS[wrapper](adapted())

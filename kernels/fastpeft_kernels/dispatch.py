@@ -132,9 +132,9 @@ def use_triton(x: Tensor, other: Tensor | None = None) -> bool:
     return True
 
 
-# Of an op's input and of its output. Ours are ahead again from some 256 rows of 512 on, or 128 of 1024; of narrow rows
-# from some 512, where the host is no longer what counts.
-FEW_ELEMENTS, FEW_ROWS = 1 << 17, 512
+# Of what is few: elements of an op's input and of its output, and rows. Ops of ours are ahead again from some 256 rows
+# of 512 on, or 128 of 1024; of narrow rows from some 512, where the host is no longer what counts.
+MOST_ELEMENTS, MOST_ROWS = 1 << 17, 512
 
 
 def are_few(x: Tensor, columns: int) -> bool:
@@ -150,8 +150,8 @@ def are_few(x: Tensor, columns: int) -> bool:
     """
     if torch.compiler.is_compiling() or _product == "own" or use_triton(x):
         return False
-    size, K = x.numel(), x.shape[-1]
-    return size <= FEW_ELEMENTS and size <= FEW_ROWS * K and size * columns <= FEW_ELEMENTS * K
+    size, K = x.numel(), x.shape[-1] if x.ndim else 1
+    return size <= MOST_ELEMENTS and size <= MOST_ROWS * K and size * columns <= MOST_ELEMENTS * K
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

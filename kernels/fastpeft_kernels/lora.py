@@ -103,7 +103,8 @@ def inferring_few(x: Tensor, dropout_p: float = 0.0) -> bool:
     """Whether this is decoding on the torch path: bound by the number of torch's operators, not by what they move."""
     if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
         return False
-    return x.numel() <= FEW_ROWS * x.shape[-1] and current_product() != "own" and not use_triton(x)
+    few = x.ndim > 0 and x.numel() <= FEW_ROWS * x.shape[-1]
+    return few and current_product() != "own" and not use_triton(x)
 
 
 def autocast_operands(x: Tensor, *others: Any) -> tuple[Any, ...]:

@@ -48,10 +48,7 @@ def lora_linear_of_few(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: 
 
 
 def low_rank_of_few(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """scale · drop(x) Aᵀ Bᵀ in A's dtype, x of shape (..., K), with torch's own gradients.
-
-    The scale is S's: as that of a sum it would scale gradients in x's dtype.
-    """
+    """scale · drop(x) Aᵀ Bᵀ in A's dtype, x of shape (..., K), with torch's own gradients. S is the least to scale."""
     dropped = x if x.dtype == A.dtype else x.to(A.dtype)
     if dropout_p:
         dropped = F.dropout(dropped, dropout_p)

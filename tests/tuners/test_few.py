@@ -131,6 +131,13 @@ def test_its_output_is_nobodys_view():
     assert not lora(nn.Linear(K, N))(row())._is_view()
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_single_id_of_an_embedding(recorded):
+    layer = Embedding(nn.Embedding(K, N), "default", LoraConfig(r=5), r=5, lora_alpha=3)
+    with torch.set_grad_enabled(recorded):
+        assert torch.equal(layer(torch.tensor(3)), layer(torch.tensor([3]))[0])
+
+
 def test_no_columns():
     layer = Linear(nn.Linear(0, N), "default", LoraConfig(r=5), r=5, lora_alpha=3)
     assert torch.equal(layer(torch.randn(3, 0)), layer.base_layer.bias.expand(3, N))
@@ -140,8 +147,8 @@ def test_no_columns():
 @pytest.mark.parametrize("recorded", [True, False])
 def test_larger_inputs_are_left_to_the_op(recorded, training, monkeypatch):
     def is_taken(rows, columns=N, elements=10 * K, most_rows=100):
-        monkeypatch.setattr(dispatch, "FEW_ELEMENTS", elements)
-        monkeypatch.setattr(dispatch, "FEW_ROWS", most_rows)
+        monkeypatch.setattr(dispatch, "MOST_ELEMENTS", elements)
+        monkeypatch.setattr(dispatch, "MOST_ROWS", most_rows)
         layer = lora(nn.Linear(K, columns)).train(training)
         with torch.set_grad_enabled(recorded):
             return forward_of_few(layer, row(rows=rows)) is not None
@@ -168,7 +175,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(("elements", "ops"), [(20 * 4 * N, 0), (20 * 4 * N - 1, 3)])
 def test_layers_that_share_an_input_go_one_way(elements, ops, monkeypatch):
-    monkeypatch.setattr(dispatch, "FEW_ELEMENTS", elements)
+    monkeypatch.setattr(dispatch, "MOST_ELEMENTS", elements)
     layers = []
     group_op = fused.lora_group
     monkeypatch.setattr(fused, "lora_group", lambda x, members: layers.extend(members) or group_op(x, members))

@@ -4,6 +4,7 @@
     added   the base module runs as it is, one op adds the low-rank part onto its output
     plain   the base module, then lora_dropout, lora_A and lora_B as modules
 
+Of few rows on the torch path plain operators take the ops' place: few.py for the first, `add_low_rank` for the second.
 When is in fastpeft.tuners.eligibility: what others hung on a module must run, so a path that goes past it looks first.
 """
 
