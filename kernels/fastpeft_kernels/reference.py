@@ -47,12 +47,13 @@ def lora_linear_of_few(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: 
     return F.linear(x, W, bias).add_(F.linear(S, B), alpha=scale)
 
 
-def low_rank_of_few(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """scale · drop(x) Aᵀ Bᵀ in A's dtype, x of shape (..., K), with torch's own gradients. S is the least to scale."""
+def lora_add_of_few(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout_p: float) -> Tensor:
+    """out + scale · drop(x) Aᵀ Bᵀ in out's dtype, x of shape (..., K), with torch's own gradients. S is the least to
+    scale."""
     dropped = x if x.dtype == A.dtype else x.to(A.dtype)
     if dropout_p:
         dropped = F.dropout(dropped, dropout_p)
-    return F.linear(F.linear(dropped, A) * scale, B)
+    return (out + F.linear(F.linear(dropped, A) * scale, B)).to(out.dtype)
 
 
 def lora_linear_backward(

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastpeft
 from fastpeft.helpers import disable_input_dtype_casting
-from fastpeft.tuners.lora import LoraConfig, fused
+from fastpeft.tuners.lora import LoraConfig, few, fused
 from fastpeft.tuners.lora.few import forward_of_few
 from fastpeft.tuners.lora.layer import Embedding, Linear
 from fastpeft_kernels import dispatch
@@ -76,6 +76,17 @@ def output_and_gradients(forward, layer, x):
     return {"out": out.detach(), "x": x.grad} | gradients
 
 
+def assert_gradients_of_modules(forward, layer, x):
+    exact_layer = copy.deepcopy(layer).double()
+    ours = output_and_gradients(forward, layer, x)
+    eager = output_and_gradients(partial(by_modules, layer), layer, x)
+    exact = output_and_gradients(partial(by_modules, exact_layer), exact_layer, x.double())
+    assert ours.keys() == eager.keys() == exact.keys()
+    for name in eager:
+        assert ours[name].dtype == eager[name].dtype
+        assert_as_close_as_torch(name, ours[name], eager[name], exact[name])
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("bias", [True, False])
@@ -86,14 +97,7 @@ def test_its_gradients(dtype, bias, dropout, training):
     for adapter_dtype in (torch.float32, dtype):
         layer.lora_A.to(adapter_dtype)
         layer.lora_B.to(adapter_dtype)
-        exact_layer = copy.deepcopy(layer).double()
-        ours = output_and_gradients(partial(forward_of_few, layer), layer, row(dtype))
-        eager = output_and_gradients(partial(by_modules, layer), layer, row(dtype))
-        exact = output_and_gradients(partial(by_modules, exact_layer), exact_layer, row(dtype).double())
-        assert ours.keys() == eager.keys() == exact.keys()
-        for name in eager:
-            assert ours[name].dtype == eager[name].dtype
-            assert_as_close_as_torch(name, ours[name], eager[name], exact[name])
+        assert_gradients_of_modules(partial(forward_of_few, layer), layer, row(dtype))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -103,14 +107,9 @@ def test_gradients_where_the_base_is_called(dtype, dropout, monkeypatch):
     called = []
     layer.base_layer.register_forward_hook(lambda *_: called.append(True))
     monkeypatch.setattr(fused, "lora_add", lambda *_: pytest.fail("the op"))
-    exact_layer = copy.deepcopy(layer).double()
-    ours = output_and_gradients(layer, layer, row(dtype))
+    layer(row(dtype))
     assert called == [True]
-    eager = output_and_gradients(partial(by_modules, layer), layer, row(dtype))
-    exact = output_and_gradients(partial(by_modules, exact_layer), exact_layer, row(dtype).double())
-    for name in eager:
-        assert ours[name].dtype == eager[name].dtype
-        assert_as_close_as_torch(name, ours[name], eager[name], exact[name])
+    assert_gradients_of_modules(layer, layer, row(dtype))
 
 
 @pytest.mark.parametrize("training", [(True, True), (True, False), (False, True)], ids=str)
@@ -173,17 +172,18 @@ class Attention(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
 
-@pytest.mark.parametrize(("elements", "ops"), [(20 * 4 * N, 0), (20 * 4 * N - 1, 3)])
-def test_layers_that_share_an_input_go_one_way(elements, ops, monkeypatch):
+@pytest.mark.parametrize(("elements", "are_few"), [(20 * 4 * N, True), (20 * 4 * N - 1, False)])
+def test_layers_that_share_an_input_go_one_way(elements, are_few, monkeypatch):
     monkeypatch.setattr(dispatch, "MOST_ELEMENTS", elements)
-    layers = []
-    group_op = fused.lora_group
+    layers, alone = [], []
+    group_op, add = fused.lora_group, few.lora_add_of_few
+    monkeypatch.setattr(few, "lora_add_of_few", lambda *args: alone.append(1) or add(*args))
     monkeypatch.setattr(fused, "lora_group", lambda x, members: layers.extend(members) or group_op(x, members))
     monkeypatch.setattr(fused, "lora_linear", lambda *_: pytest.fail("a layer for itself"))
     model = fastpeft.get_peft_model(Attention(), LoraConfig(r=2, target_modules=["q", "k", "v"])).train()
     assert model.base_model.model.q.input_group is not None
     model(torch.randn(20, K))
-    assert len(layers) == ops
+    assert (len(alone), len(layers)) == ((3, 0) if are_few else (0, 3))
 
 
 def hook_on(find):

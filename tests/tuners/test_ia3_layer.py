@@ -11,6 +11,8 @@ from torch import nn
 from fastpeft import IA3Config
 from fastpeft.benchmark.memory import saved_bytes
 from fastpeft.tuners.ia3 import Linear
+from fastpeft.tuners.ia3 import layer as layer_module
+from fastpeft_kernels import dispatch
 
 
 @pytest.mark.usefixtures("either_path")
@@ -68,6 +70,22 @@ def test_disabled_and_without_active_adapter_is_the_base_bit_by_bit(kind, feedfo
     layer.enable_adapters(True)
     layer.set_adapter("absent")
     assert torch.equal(layer(x), base)
+
+
+@side
+@pytest.mark.parametrize("elements", [33 * K, 33 * K - 1])  # the input's, which are more than the output's
+def test_small_inputs_are_left_to_torch(elements, feedforward, monkeypatch):
+    ops = []
+    for name in ("scale_columns", "scale_linear"):
+        op = getattr(layer_module, name)
+        monkeypatch.setattr(layer_module, name, lambda *args, name=name, op=op: ops.append(name) or op(*args))
+    monkeypatch.setattr(dispatch, "MOST_ELEMENTS", elements)
+    ia3("linear", feedforward)(input_of())
+    assert ops == (["scale_linear"] if feedforward and elements < 33 * K else [])
+    if not feedforward:  # its input is the base's output
+        monkeypatch.setattr(dispatch, "MOST_ELEMENTS", 33 * N - 1)
+        ia3("linear", feedforward)(input_of())
+        assert ops == ["scale_columns"]
 
 
 @pytest.mark.usefixtures("either_path")

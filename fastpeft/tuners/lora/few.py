@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastpeft.tuners.eligibility import any_watched, is_ordinary, watched_everywhere
 from fastpeft_kernels.dispatch import are_few
 from fastpeft_kernels.lora import inferring_few
-from fastpeft_kernels.reference import lora_linear_of_few, low_rank_of_few
+from fastpeft_kernels.reference import lora_add_of_few, lora_linear_of_few
 
 _PARAMETERS = {nn.Parameter}
 _DROPOUTS = {nn.Identity, nn.Dropout}
@@ -22,8 +22,8 @@ _DROPOUTS = {nn.Identity, nn.Dropout}
 
 def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
     """The layer's output with its one active adapter, (..., N) in x's dtype; None where this is not the case."""
-    trains, decodes = trains_few(layer, x), inferring_few(x)
-    if not (trains or decodes) or not is_ordinary(x) or watched_everywhere():
+    decodes = inferring_few(x)
+    if not (decodes or trains_few(layer, x)) or not is_ordinary(x) or watched_everywhere():
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
@@ -56,11 +56,11 @@ def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
     scale = own["scaling"][name]
     if not (own["training"] or dropout.training or torch.is_grad_enabled()):
         return lora_linear_of_few(x, W, bias, a, b, scale) if decodes else None
-    if not trains:
+    if decodes and not trains_few(layer, x):
         return None
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     # not in place: the base's output may be a view, or be kept by a checkpoint
-    return (F.linear(x, W, bias) + low_rank_of_few(x, a, b, scale, p)).to(dtype)
+    return lora_add_of_few(F.linear(x, W, bias), x, a, b, scale, p)
 
 
 def trains_few(layer: Any, x: Tensor) -> bool:

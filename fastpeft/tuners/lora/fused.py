@@ -22,7 +22,7 @@ from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
 from fastpeft_kernels import LoraOperands, current_product, lora_add, lora_group, lora_linear
 from fastpeft_kernels.dispatch import are_few
 from fastpeft_kernels.lora import inferring_few
-from fastpeft_kernels.reference import low_rank_of_few
+from fastpeft_kernels.reference import lora_add_of_few
 
 _LINEAR, _DROPOUTS, _PARAMETER = {nn.Linear}, {nn.Identity, nn.Dropout}, {nn.Parameter}
 _is_meta, _dtype, _is_a_sum = attrgetter("is_meta"), attrgetter("dtype"), attrgetter("is_a_sum")
@@ -144,9 +144,10 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
     not where few rows on a CPU have nothing to share.
     """
     group: InputGroup | None = layer.input_group
-    few = trains_few(layer, x) if layer.training or torch.is_grad_enabled() else inferring_few(x)
-    shares = group is not None and group.is_on() and not few
-    name = group.name_of(layer) if group is not None and shares else None
+    name = None
+    if group is not None and group.is_on():
+        few = trains_few(layer, x) if layer.training or torch.is_grad_enabled() else inferring_few(x)
+        name = None if few else group.name_of(layer)
     if group is not None and name is not None:
         out = group.take(name, x)
         if out is not None:
@@ -194,7 +195,7 @@ def add_low_rank(layer: Any, adapter: str, out: Tensor, x: Tensor) -> Tensor:
     A, B, p = parts
     scale = layer.scaling[adapter]
     if are_few(x, out.shape[-1]) and not torch.is_autocast_enabled(x.device.type):
-        return (out + low_rank_of_few(x, A, B, scale, p)).to(out.dtype)
+        return lora_add_of_few(out, x, A, B, scale, p)
     return lora_add(out, x, A, B, scale, p)
 
 
