@@ -23,7 +23,7 @@ _DROPOUTS = {nn.Identity, nn.Dropout}
 def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
     """The layer's output with its one active adapter, (..., N) in x's dtype; None where this is not the case."""
     decodes = inferring_few(x)
-    if not (decodes or trains_few(layer, x)) or not is_ordinary(x) or watched_everywhere():
+    if not (decodes or _trains_few(layer, x)) or not is_ordinary(x) or watched_everywhere():
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
@@ -56,14 +56,14 @@ def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
     scale = own["scaling"][name]
     if not (own["training"] or dropout.training or torch.is_grad_enabled()):
         return lora_linear_of_few(x, W, bias, a, b, scale) if decodes else None
-    if decodes and not trains_few(layer, x):
+    if decodes and not _trains_few(layer, x):
         return None
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     # not in place: the base's output may be a view, or be kept by a checkpoint
     return lora_add_of_few(F.linear(x, W, bias), x, a, b, scale, p)
 
 
-def trains_few(layer: Any, x: Tensor) -> bool:
+def _trains_few(layer: Any, x: Tensor) -> bool:
     """Whether training leaves this input to torch's own gradients: that of all layers who share it, or of none."""
     group = layer.input_group
     return are_few(x, layer.out_features if group is None else group.columns)

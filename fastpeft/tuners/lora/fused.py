@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.tuners.eligibility import any_watched, base_parts, is_ordinary, plain_weight, watched, watched_everywhere
-from fastpeft.tuners.lora.few import trains_few
 from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
 from fastpeft_kernels import LoraOperands, current_product, lora_add, lora_group, lora_linear
 from fastpeft_kernels.dispatch import are_few
@@ -141,13 +140,11 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
     """Base product and adapters in one op: (..., N) in x's dtype. None where that op is not the right one.
 
     Layers that their parent calls on this x next are computed along with the first of them, and pick up what is theirs;
-    not where few rows on a CPU have nothing to share.
+    not where decoding on a CPU has nothing to share.
     """
     group: InputGroup | None = layer.input_group
-    name = None
-    if group is not None and group.is_on():
-        few = trains_few(layer, x) if layer.training or torch.is_grad_enabled() else inferring_few(x)
-        name = None if few else group.name_of(layer)
+    shares = group is not None and group.is_on() and not inferring_few(x)
+    name = group.name_of(layer) if group is not None and shares else None
     if group is not None and name is not None:
         out = group.take(name, x)
         if out is not None:
