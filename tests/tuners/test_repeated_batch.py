@@ -14,6 +14,7 @@ from fastpeft.routing_scope import routed
 from fastpeft.tuners.eligibility import hooks_registered
 from fastpeft.tuners.lora import repeated_batch
 from fastpeft.tuners.lora import routed as routed_layers
+from fastpeft.tuners.lora.repeated_batch import RepeatedBatch
 from fastpeft_kernels import backend
 from fastpeft_kernels.routed_few import Products
 
@@ -38,6 +39,21 @@ def test_the_same_bits_again(names, dtype, looks):
         assert torch.equal(out, anew(layer, names=names, dtype=dtype, seed=seed))
         del looks[count:]
     assert len(looks) == (2 if set(names) & set("abc") else 0)
+
+
+def test_a_prompt_and_its_tokens(looks):
+    """The first token after the prompt is remembered; a prompt, or the tokens of another routing, are not."""
+    layer, routing, other, counts = layer_of(), Routing.by_row(NAMES), Routing.by_row(NAMES[::-1]), []
+    for where, tokens in [(routing, 7), (routing, 1), (routing, 1), (routing, 2), (other, 1), (other, 1)]:
+        x = torch.randn(len(NAMES), tokens, K, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad(), routed(where):
+            out = layer(x)
+            counts.append(len(looks))
+            remembered, layer.repeated_batch = layer.repeated_batch, RepeatedBatch()
+            assert torch.equal(out, layer(x))
+        layer.repeated_batch = remembered
+        del looks[counts[-1] :]
+    assert counts == [1, 2, 2, 3, 4, 5]
 
 
 def test_several_ranks(looks):

@@ -1,10 +1,11 @@
 """The same mixed batch once more, as in decoding: token after token, the same rows take the same adapters.
 
 A few rows are bound by what a layer looks at before it computes. 64 adapters are 192 modules, and after the base
-product their tables are no longer near the processor. So a layer that meets a batch for the second time remembers what
-it found: whose factors, and the batched products that add them. From then on it asks what may have become different
-since, of all adapters at once: the modules, what replaces their forward, their Parameters and the memory of these.
-Hooks are looked for again when torch has registered one, on whatever it may be.
+product their tables are no longer near the processor. So a layer that meets a batch for the second time, or its
+rows with a token each after their prompts, remembers what it found: whose factors, and the batched products that add
+them. From then on it asks what may have become different since, of all adapters at once: the modules, what replaces
+their forward, their Parameters and the memory of these. Hooks are looked for again when torch has registered one, on
+whatever it may be.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ class RepeatedBatch:
     def add_to(
         self, base: Tensor, layer: Any, routing: Routing, names: Sequence[str], tables: RoutingTables, x: Tensor
     ) -> Tensor | None:
-        """The base layer's output with the adapters, in place, if this batch is here for the second time.
+        """The base layer's output with the adapters, in place, if this batch was here before.
 
         Args:
             layer: one whose base is a plain nn.Linear; its adapters `names` are plain ones, without dropout in force.
@@ -63,11 +64,13 @@ class RepeatedBatch:
         Returns:
             None where it is not, or where batched products are not all that these adapters need.
         """
-        seen = (routing, routing.fills, x.shape, x.dtype)
-        if seen != self._seen:
+        seen, before = (routing, routing.fills, x.shape, x.dtype), self._seen
+        if seen != before:
             self.forget()
             self._seen = seen
-            return None
+            is_first_token = x.ndim == 3 and x.shape[1] == 1 and before is not None and before[:2] == seen[:2]
+            if not is_first_token:  # after a prompt of the same rows, which will come again
+                return None
         if not self._looked and tables.weights is None and x.device.type == "cpu":
             self._looked, new = True, _Found(layer, seen, names)
             self._found = new if new.find_products(tables) else None
