@@ -222,6 +222,7 @@ DISTURBANCES = {
     "dtypes differ": lambda layer: layer.lora_B.to(torch.float64),
     "adapter in float64": lambda layer: (layer.lora_A.double(), layer.lora_B.double()),
     "another input dtype": lambda layer: layer.base_layer.double(),
+    "a bias": lambda layer: setattr(layer.lora_A["default"], "bias", nn.Parameter(torch.randn(5))),
     "parametrised": lambda layer: nn.utils.parametrizations.weight_norm(layer.lora_A["default"]),
     "no Parameter": lambda layer: (
         layer.lora_A["default"].__dict__["_parameters"].update(weight=torch.randn(5, K))

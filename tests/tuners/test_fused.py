@@ -181,6 +181,10 @@ def test_lora_bias_and_switched_off_casting_take_the_modules(spy):
     x = torch.randn(3, 24)
     torch.testing.assert_close(model(x), by_modules(model, x))
     model = adapted()
+    layer_of(model).lora_A["default"] = nn.Linear(24, layer_of(model).r["default"])  # PEFT makes none with a bias
+    assert path(model) == ("plain", "lora_A has a bias")
+    torch.testing.assert_close(model(x), by_modules(model, x))
+    model = adapted()
     layer_of(model).cast_input_dtype_enabled = False
     assert path(model) == ("plain", "input dtype casting is switched off")
     assert spy.calls == []

@@ -386,6 +386,7 @@ DISTURBANCES = {
     "another Linear": lambda layer: setattr(layer.lora_A["b"], "__class__", type("Other", (nn.Linear,), {})),
     "another dropout": lambda layer: layer.lora_dropout.update({"b": nn.AlphaDropout(0.1)}),
     "bias": lambda layer: layer.lora_B["b"].register_parameter("bias", nn.Parameter(torch.zeros(N))),
+    "bias of lora_A": lambda layer: layer.lora_A["b"].register_parameter("bias", nn.Parameter(torch.zeros(3))),
     "no Parameter": lambda layer: layer.lora_A["b"]._parameters.update(weight=torch.randn(3, K)),
     "meta": lambda layer: layer.lora_A["b"].to("meta"),
     "dtypes differ": lambda layer: layer.lora_B["b"].double(),

@@ -44,6 +44,7 @@ def forward_of_few(layer: Any, x: Tensor) -> Tensor | None:
     b: Any = B._parameters["weight"]
     if (
         {type(W), type(a), type(b)} != _PARAMETERS
+        or A._parameters["bias"] is not None
         or B._parameters["bias"] is not None
         or not own["variants"][name].is_a_sum
     ):

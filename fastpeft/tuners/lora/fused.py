@@ -36,6 +36,8 @@ def adapter_parts(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | st
     B, dropout = modules["lora_B"]._modules[adapter], modules["lora_dropout"]._modules[adapter]
     if B._parameters["bias"] is not None:
         return "lora_bias is set"
+    if A._parameters.get("bias") is not None:
+        return "lora_A has a bias"
     if not layer.cast_input_dtype_enabled:
         return "input dtype casting is switched off"
     kind = type(dropout)
@@ -81,7 +83,7 @@ def plain_factors(layer: Any, adapters: Sequence[str]) -> PlainFactors | None:
     weights: list[Any] = list(map(dict.get, parameters, repeat("weight")))
     if set(map(type, weights)) != _PARAMETER or any(map(_is_meta, weights)) or len(set(map(_dtype, weights))) > 1:
         return None
-    if set(map(dict.get, parameters[len(As) :], repeat("bias"))) != {None}:
+    if set(map(dict.get, parameters, repeat("bias"))) != {None}:
         return None
     if not all(map(_is_a_sum, map(layer.variants.__getitem__, adapters))):
         return None
