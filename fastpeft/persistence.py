@@ -205,6 +205,7 @@ class SavedAdapters(PushToHubMixin):
         if config is not None:
             model._check_new_adapter_config(config, is_trainable=is_trainable)
             config.inference_mode = not is_trainable
+            restore = _restorer(model.base_model.model)
             model.add_adapter(
                 adapter_name,
                 config,
@@ -215,7 +216,7 @@ class SavedAdapters(PushToHubMixin):
             result = _apply_weights(model, weights, adapter_name, options, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
             if is_new:
-                model.delete_adapter(adapter_name)
+                restore(model)
             raise
         if is_new and is_trainable:
             model.set_requires_grad(adapter_name)
@@ -326,17 +327,19 @@ def _restorer(model: nn.Module) -> Callable[[PeftModel | None], None]:
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     active = [list(layer.active_adapters) for layer in layers]
-    training, adapters = model.training, set(getattr(model, "peft_config", None) or ())
+    configs = getattr(model, "peft_config", None)
+    training, adapters = model.training, None if configs is None else set(configs)
 
     def restore(wrapped: PeftModel | None) -> None:
-        if wrapped is not None and adapters:
+        if wrapped is not None and adapters is not None:
             for name in wrapped.peft_config.keys() - adapters:
                 wrapped.delete_adapter(name)
+            wrapped.base_model._take_off(keep=layers)
             for layer, names in zip(layers, active, strict=True):
                 layer.set_adapter(names)
         elif wrapped is not None:
             wrapped.base_model.unload()
-        if not adapters:
+        if adapters is None:
             model.__dict__.pop("peft_config", None)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)

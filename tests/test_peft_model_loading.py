@@ -9,7 +9,7 @@ from models import tiny_bert_classifier, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import fastpeft
-from fastpeft import PeftConfig, PeftModel, get_peft_model
+from fastpeft import LoraConfig, PeftConfig, PeftModel, explain, get_peft_model
 
 
 def test_from_pretrained_to_train_on(tmp_path):
@@ -175,6 +175,30 @@ def test_damaged_files_leave_the_model_as_it_was(damage, tmp_path):
         with pytest.raises((ValueError, RuntimeError, OSError)):
             model.load_adapter(tmp_path, name)
     assert list(model.peft_config) == ["default"]
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("how", ["load_adapter", "from_pretrained"])
+@pytest.mark.filterwarnings("ignore:this model has adapters already", "ignore:adapter .* was active")
+def test_a_failed_load_takes_its_layers_off_again(how, empty, tmp_path):
+    wide = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], modules_to_save=["lm_head"])
+    get_peft_model(tiny_llama(), wide).save_pretrained(tmp_path)
+    misshape(tmp_path / "adapter_model.safetensors")
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    if empty:
+        model.delete_adapter("default")
+    before, modules = snapshot(model), [name for name, _ in model.named_modules()]
+    targeted, paths = list(model.targeted_module_names), str(explain(model))
+    calls = {
+        "load_adapter": lambda: model.load_adapter(tmp_path, "second"),
+        "from_pretrained": lambda: PeftModel.from_pretrained(model.get_base_model(), tmp_path, adapter_name="second"),
+    }
+    with pytest.raises(RuntimeError, match="shape"):
+        calls[how]()
+    assert [name for name, _ in model.named_modules()] == modules
+    assert list(model.peft_config) == ([] if empty else ["default"])
+    assert (model.targeted_module_names, str(explain(model))) == (targeted, paths)
     assert_same_state(model, before)
 
 

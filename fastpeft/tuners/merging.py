@@ -1,6 +1,6 @@
 """Merging the adapters of a model into its base weights, and taking the adapter layers off again."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from tqdm import tqdm
@@ -11,6 +11,8 @@ from fastpeft.tuners.tuner_layer import BaseTunerLayer
 from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
 from fastpeft.utils.integrations import onload_layer
 from fastpeft.utils.modules import get_submodules
+
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def _loaded_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
@@ -51,20 +53,43 @@ def unload(model: nn.Module, merge: bool, progressbar: bool, safe_merge: bool, a
             Otherwise the original modules come back.
     """
     dissolve_groups(model)
-    keys = [key for key, m in model.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    keys.reverse()  # innermost first: an adapter layer may be part of a module that is trained whole
+    keys = _wrapping(model, keep=())
     for key in tqdm(keys, disable=not progressbar, desc="Merging" if merge else "Unloading"):
-        parent, target, name = get_submodules(model, key)
-        with onload_layer(target):
-            if isinstance(target, AuxiliaryTrainingWrapper):
-                bare = target.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-            else:
-                assert isinstance(target, BaseTunerLayer)
-                if merge:
-                    target.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                bare = target.get_base_layer()
-        setattr(parent, name, bare)
+        _unwrap(model, key, merge, safe_merge, adapter_names)
     if hasattr(model, "peft_config"):
         del model.peft_config
     if merge:
         untie_if_diverged(model)
+
+
+def take_off(model: nn.Module, keep: Collection[nn.Module]) -> None:
+    """Replace adapter layers and wrappers by what they wrap, all but those in `keep`: nothing is merged."""
+    dissolve_groups(model)
+    for key in _wrapping(model, keep):
+        _unwrap(model, key)
+
+
+def _wrapping(model: nn.Module, keep: Collection[nn.Module]) -> list[str]:
+    """Innermost first: an adapter layer may be part of a module that is trained whole."""
+    kept = set(map(id, keep))
+    keys = [key for key, module in model.named_modules() if isinstance(module, _WRAPPERS) and id(module) not in kept]
+    return keys[::-1]
+
+
+def _unwrap(
+    model: nn.Module,
+    key: str,
+    merge: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    parent, target, name = get_submodules(model, key)
+    with onload_layer(target):
+        if isinstance(target, AuxiliaryTrainingWrapper):
+            bare = target.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        else:
+            assert isinstance(target, BaseTunerLayer)
+            if merge:
+                target.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            bare = target.get_base_layer()
+    setattr(parent, name, bare)

@@ -1,9 +1,8 @@
 """The tuner: what puts adapters of one method on a model, switches, merges and removes them. Once for every method."""
 
-import dataclasses
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,9 +27,9 @@ from fastpeft.tuners.switching import (
 from fastpeft.tuners.targets import check_target_module_exists
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
 from fastpeft.utils.auxiliary import AuxiliaryTrainingWrapper
-from fastpeft.utils.constants import DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
+from fastpeft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from fastpeft.utils.integrations import onload_layer
-from fastpeft.utils.modules import get_submodules
+from fastpeft.utils.modules import config_as_dict, get_submodules
 from fastpeft.utils.trainable import find_trainable_modules, set_additional_trainable_modules
 
 __all__ = [
@@ -152,6 +151,9 @@ class BaseTuner(nn.Module, ABC):
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """Called after an adapter of a new tuner was put on the model."""
 
+    def _layers_changed(self, model: nn.Module) -> None:
+        """Called after adapter layers came or went, on the model or a part of it."""
+
     # Injection.
 
     def inject_adapter(
@@ -191,6 +193,7 @@ class BaseTuner(nn.Module, ABC):
             set_additional_trainable_modules(model, config, model_config, adapter_name, activate_adapter=is_active)
         known = set(self.targeted_module_names)
         self.targeted_module_names += [key for key in keys if key not in known]
+        self._layers_changed(model)
 
     def _plan(
         self, config: Any, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None
@@ -358,17 +361,21 @@ class BaseTuner(nn.Module, ABC):
         merging.unload(self.model, merge, progressbar, safe_merge, adapter_names)
         return self.model
 
+    def _take_off(self, keep: Collection[nn.Module]) -> None:
+        """Replace adapter layers and wrappers that are not in `keep`, and hold no adapter, by what they wrap."""
+        merging.take_off(self.model, keep)
+        modules = dict(self.model.named_modules())
+        self.targeted_module_names[:] = [
+            key for key in self.targeted_module_names if isinstance(modules.get(key), BaseTunerLayer)
+        ]
+        self._layers_changed(self.model)
+
     # Facts about the model.
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The model's config as a dict; a model without one is of type "custom"."""
-        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
-        if hasattr(config, "to_dict"):
-            return config.to_dict()
-        if dataclasses.is_dataclass(config) and not isinstance(config, type):
-            return dataclasses.asdict(config)
-        return config
+        return config_as_dict(model)
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         if not self.get_model_config(model).get("tie_word_embeddings"):

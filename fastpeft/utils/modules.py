@@ -1,9 +1,12 @@
 """Small helpers on modules and their parameters that every tuner shares."""
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastpeft.utils.constants import DUMMY_MODEL_CONFIG
 
 
 def set_requires_grad_on(target: nn.Module | Tensor, requires_grad: bool) -> None:
@@ -39,6 +42,16 @@ def freeze_adapter(model: nn.Module, adapter_name: str) -> None:
     for name, parameter in model.named_parameters():
         if adapter_name in name.split("."):
             parameter.requires_grad = False
+
+
+def config_as_dict(model: Any) -> Any:
+    """The model's config as a dict; one that is of no kind that can be, as it is."""
+    config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    return config
 
 
 def input_embeddings_name(model: Any, default: str | None = None) -> str | None:

@@ -36,8 +36,7 @@ class LoraModel(BaseTuner):
         base = base_for(module, current_key)
         check_adapter(base, module, r, peft_config, current_key)
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, *args, **kwargs)
+    def _layers_changed(self, model: nn.Module) -> None:
         regroup(model, LoraLayer)
 
     def _create_and_replace(
