@@ -40,9 +40,10 @@ def test_heldout_documents_are_nowhere_else(name):
 
 
 def first_documents(folder, name: str, part: str):
-    """The first three documents of a part of a corpus, as a file."""
+    """The beginnings of the first three documents of a part of a corpus, as a file."""
     file = folder / f"{name}.{part}.jsonl"
-    file.write_text("\n".join(corpus(name, part).read_text().splitlines()[:3]) + "\n")
+    documents = [json.loads(line) for line in corpus(name, part).read_text().splitlines()[:3]]
+    file.write_text("".join(json.dumps(row | {"text": row["text"][:600]}) + "\n" for row in documents))
     return file
 
 

@@ -250,13 +250,14 @@ def test_generation_repeats_rows(family, options):
 # Compiled.
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiled_models_follow_a_routing_and_its_refills(training):
+@pytest.mark.parametrize(("training", "by"), [(False, "aot_eager"), (True, "inductor")])
+def test_compiled_models_follow_a_routing_and_its_refills(training, by):
+    """One backend that keeps the operators as they are, and one that fuses them."""
     model, inputs = adapted(), models.batch("llama")
     model.set_requires_grad(["a", "b"])
     model.train(training)
     torch._dynamo.reset()
-    compiled = torch.compile(model.get_base_model(), fullgraph=True)
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend=by)
     routing = Routing.by_row(["a", "b", "__base__"])
 
     def outcome(run):

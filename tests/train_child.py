@@ -1,8 +1,10 @@
 """A training run in a process of its own, for tests that kill it, resume it, or hide reference PEFT from it.
 
-    python train_child.py FOLDER [--hide-peft] [--kill-after STEP] [--resume]
+    python train_child.py FOLDER STEP [--hide-peft]
 
 Writes {step: loss} to FOLDER/losses.json after each step, and what it found at the end to FOLDER/result.json.
+A first process is killed after STEP and leaves its losses in FOLDER/killed.json; a second one goes on from its last
+checkpoint. Both are forks of one that did nothing but import what they need, which takes longer than they do.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 STEPS, SAVE_EVERY = 8, 3
@@ -109,13 +112,38 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hide-peft", action="store_true")
-    parser.add_argument("--kill-after", type=int)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("kill_after", type=int)
     options = parser.parse_args()
     if options.hide_peft:
         hide_peft()
-    trainer = record_losses(make_trainer(options.folder), options.kill_after)
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    import models  # noqa: F401
+    from transformers import LlamaForCausalLM, Trainer  # noqa: F401
+
+    import fastpeft.integrations.transformers  # noqa: F401
+
+    assert in_a_fork(train, options.folder, options.kill_after) == -signal.SIGKILL
+    (options.folder / "losses.json").rename(options.folder / "killed.json")
+    assert in_a_fork(train, options.folder, resume=True) == 0
+
+
+def in_a_fork(action, *arguments, **options):
+    """The exit code of a process that starts as this one is."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action(*arguments, **options)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def train(folder, kill_after=None, resume=False):
+    trainer = record_losses(make_trainer(folder), kill_after)
+    trainer.train(resume_from_checkpoint=resume or None)
     final = trainer.evaluate()["eval_loss"]
     result = {
         "eval_loss": final,
@@ -125,7 +153,7 @@ def main():
         "peft_imported": "peft" in sys.modules,
         "model": type(trainer.model).__name__,
     }
-    (options.folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

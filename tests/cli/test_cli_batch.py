@@ -109,8 +109,16 @@ def test_weighted_adapters_in_one_line(cli, named, prompts):
     assert third["adapter"] == {"a": 0.5, "b": 0.5}
 
 
-@pytest.mark.parametrize("cut", ["whole lines", "half a line", "half a character", "nothing"])
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("cut", "sampled"),
+    [  # what is cut off is found before anything is sampled: every cut, and lines kept in either way
+        ("whole lines", False),
+        ("whole lines", True),
+        ("half a line", True),
+        ("half a character", False),
+        ("nothing", True),
+    ],
+)
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(cut, sampled, cli, named, prompts, tmp_path):
     """Kept lines stay; the others come out as in a run that nobody killed, sampled ones too."""
     file = prompts([*LINES[:3], {"prompt": "naïve", "adapter": "a", "id": "é"}, *LINES[3:]])
@@ -134,42 +142,37 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(cut, sampled, cli, 
     assert (again.code, killed.read_bytes()) == (0, whole.read_bytes())
 
 
-def test_a_run_that_is_really_killed(named, prompts, tmp_path):
-    output = tmp_path / "out.jsonl"
-    lines = [{**line, "max_new_tokens": 20} for line in LINES * 6]
-    options = [*named, "--prompts", prompts(lines), "--output", output, *GREEDY]
-    command = [sys.executable, "-m", "fastpeft.cli", "generate", *map(str, options)]
-    run = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=os.environ, stderr=subprocess.DEVNULL)
+def wait_until_longer(file, size, run):
+    """Until `file` has more bytes than that, unless the process ends before."""
     deadline = time.monotonic() + 120
-    while run.poll() is None and not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
+    while run.poll() is None and not (file.exists() and file.stat().st_size > size) and time.monotonic() < deadline:
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    before = output.read_bytes()
-    assert 0 < before.count(b"\n") < len(lines)
-    assert main(["generate", *map(str, options), "--resume"]) == 0
-    assert output.read_bytes().startswith(before)
-    assert [row["prompt"] for row in rows_of(output.read_text())] == [line["prompt"] for line in lines]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
-def test_a_second_run_does_not_write_where_the_first_still_does(cli, named, prompts, tmp_path):
+def test_a_run_that_is_really_killed_and_a_second_one_beside_it(cli, named, prompts, tmp_path):
+    """A second run does not write where the first still does, and the first goes on; once it is killed, another may."""
     output = tmp_path / "out.jsonl"
-    lines = [{**line, "max_new_tokens": 20} for line in LINES * 4]
+    lines = [{**line, "max_new_tokens": 20} for line in LINES * 6]
     options = ["generate", *named, "--prompts", prompts(lines), "--output", output, *GREEDY]
     command = [sys.executable, "-m", "fastpeft.cli", *map(str, options)]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL) as first:
-        deadline = time.monotonic() + 120
-        while first.poll() is None and not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.01)
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], env=os.environ, stderr=subprocess.DEVNULL) as first:
+        wait_until_longer(output, 0, first)
         first.send_signal(signal.SIGSTOP)
+        size = output.stat().st_size
         try:
             second = cli(*options, "--resume")
         finally:
             first.send_signal(signal.SIGCONT)
+        wait_until_longer(output, size, first)
+        first.send_signal(signal.SIGKILL)
     assert (second.code, second.err.count("\n")) == (2, 1)
     assert f"{output} is being written to by another run: wait for its end" in second.err
-    assert first.returncode == 0
+    before = output.read_bytes()
+    assert len(before) > size
+    assert 0 < before.count(b"\n") < len(lines)
+    assert cli(*options, "--resume").code == 0
+    assert output.read_bytes().startswith(before)
     assert [row["prompt"] for row in rows_of(output.read_text())] == [line["prompt"] for line in lines]
 
 
