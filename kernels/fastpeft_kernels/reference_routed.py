@@ -11,8 +11,8 @@ P is the largest number of entries that a row has, 1 in all but weighted batches
 of pass p belongs to row rows[p, e], columns past its slot's rank are zero, lines without an entry too.
 
 Slot by slot: the rows of a slot are a slice where they follow one another, else a part of one gathered copy. Small
-batches whose slots have equally many rows, in order, go through batched products instead (routed_even), and inference
-on few rows a slot has ways of its own (routed_few).
+batches whose slots have equally many rows, in order, go through batched products instead (routed_even, and routed_pairs
+in training), and inference on few rows a slot has ways of its own (routed_few).
 """
 
 from collections.abc import Sequence
