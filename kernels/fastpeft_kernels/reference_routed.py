@@ -29,7 +29,8 @@ from fastpeft_kernels.routed_passes import Pass, passes_of
 
 def _even(passes: Sequence[Pass], t: Tensor, factors: Sequence[Tensor], rank_dim: int) -> list[int] | None:
     """The slots of a batch that `routed_even` takes, in its order; None for any other batch. t is x or out."""
-    if len(passes) != 1 or not passes[0].is_even:
+    dtype = factors[0].dtype  # in which it computes: a wider out would be rounded to it
+    if len(passes) != 1 or not passes[0].is_even or torch.promote_types(t.dtype, dtype) != dtype:
         return None
     slots = [segment.slot for segment in passes[0].segments]
     return (

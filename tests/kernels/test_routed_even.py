@@ -96,6 +96,20 @@ def test_factors_side_by_side_are_not_copied(ranks, places, op, wanted, dtypes, 
     assert bool(copied) == (places != (0, 1, 2, 3))
 
 
+@pytest.mark.parametrize("op", [lora_routed, one_by_one])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_base_that_is_wider_than_the_factors_is_not_rounded_to_them(op, recorded, device):
+    """What weighted rows with dropout add pass by pass."""
+    (base, x, As, Bs), _ = make((6, 40, 33), (4, 4), (torch.bfloat16, torch.bfloat16), device)
+    base = torch.randn(base.shape, device=device)
+    with backend("torch"), torch.no_grad():
+        for B in Bs:
+            B.zero_()
+        with torch.set_grad_enabled(recorded):
+            out = op(base, x, As, Bs, SCALES[:2], *routing(one_each([0] * 3 + [1] * 3), 2, device))
+    assert torch.equal(out, base)
+
+
 def test_large_batches_go_slot_by_slot(device, taken, monkeypatch):
     monkeypatch.setattr(routed_even, "MOST_ELEMENTS", 6 * 40 - 1)
     check("torch", *make((6, 40, 40), (4, 4), DTYPES[0], device), one_each([0] * 3 + [1] * 3), device)
