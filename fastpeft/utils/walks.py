@@ -11,23 +11,43 @@ from torch import nn
 
 def set_mode_below(module: nn.Module, mode: bool) -> None:
     """`train(mode)` of all modules below this one. Those that have a say in it are asked."""
-    waiting = list(module.children())
+    waiting = [module]
+    usual: dict[type, bool] = {}
     while waiting:
-        child = waiting.pop()
-        kind = type(child)
-        if kind.train is nn.Module.train and kind.__setattr__ is nn.Module.__setattr__:
+        for child in waiting.pop()._modules.values():
+            if child is None:
+                continue
+            kind = type(child)
+            if kind not in usual:
+                usual[kind] = kind.train is nn.Module.train and kind.__setattr__ is nn.Module.__setattr__
+            if not usual[kind]:
+                child.train(mode)
+                continue
             child.__dict__["training"] = mode
-            waiting += [grandchild for grandchild in child._modules.values() if grandchild is not None]
-        else:
-            child.train(mode)
+            if child._modules:
+                waiting.append(child)
 
 
 def forget_gradients(module: nn.Module) -> None:
     """`zero_grad(set_to_none=True)` of a module and all below it."""
-    for part in all_modules(module):
-        for parameter in part._parameters.values():
-            if parameter is not None and parameter.grad is not None:
-                parameter.grad = None
+    seen, waiting = {id(module)}, [module]
+    while waiting:
+        part = waiting.pop()
+        _forget_own(part)
+        for child in part._modules.values():
+            if child is None:
+                continue
+            if not child._modules:  # most: twice does no harm, where one is at two places
+                _forget_own(child)
+            elif id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+
+
+def _forget_own(module: nn.Module) -> None:
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.grad is not None:
+            parameter.grad = None
 
 
 def _children(part: nn.Module) -> Iterable[nn.Module | None]:

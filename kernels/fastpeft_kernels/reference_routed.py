@@ -11,8 +11,8 @@ P is the largest number of entries that a row has, 1 in all but weighted batches
 of pass p belongs to row rows[p, e], columns past its slot's rank are zero, lines without an entry too.
 
 Slot by slot: the rows of a slot are a slice where they follow one another, else a part of one gathered copy. Small
-batches whose slots have equally many rows, in order, go through batched products instead (routed_even), and inference
-on few rows a slot has ways of its own (routed_few).
+batches whose slots have equally many rows, in order, go through batched products instead (routed_even, and routed_pairs
+in training), and inference on few rows a slot has ways of its own (routed_few).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ from fastpeft_kernels.routed_passes import Pass, passes_of
 
 def _even(passes: Sequence[Pass], t: Tensor, factors: Sequence[Tensor], rank_dim: int) -> list[int] | None:
     """The slots of a batch that `routed_even` takes, in its order; None for any other batch. t is x or out."""
-    if len(passes) != 1 or not passes[0].is_even:
+    dtype = factors[0].dtype  # in which it computes: a wider out would be rounded to it
+    if len(passes) != 1 or not passes[0].is_even or torch.promote_types(t.dtype, dtype) != dtype:
         return None
     slots = [segment.slot for segment in passes[0].segments]
     return (

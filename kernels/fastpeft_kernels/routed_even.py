@@ -1,8 +1,8 @@
 """Routed LoRA in plain torch where all slots have as many rows, one slot after the other: batched products.
 
-Such are the batches of joint training. A few products for all slots of a rank together, or for all slots padded to the
-largest rank where factors do not lie side by side; slot by slot takes some thirty operators a slot. `reference_routed`
-has the specification, and says which batches come here.
+Such are the batches of joint training, which runs on routed_pairs wherever no compiler is at work. A few products for
+all slots of a rank together, or for all slots padded to the largest rank where factors do not lie side by side; slot by
+slot takes some thirty operators a slot. `reference_routed` has the specification, and says which batches come here.
 
 x is (n L, K): slot i of n has rows i L to (i + 1) L.
 """
@@ -92,10 +92,12 @@ def _runs(factors: Sequence[Tensor], rank_dim: int) -> list[tuple[int, Tensor]]:
             if together is None or together.places != tuple(range(end - begin)):
                 break
             runs.append((end - begin, together.stack))
-    return runs if len(runs) == len(changes) + 1 else [(len(ranks), _padded(factors, ranks, rank_dim))]
+    return runs if len(runs) == len(changes) + 1 else [(len(ranks), padded(factors, rank_dim))]
 
 
-def _padded(factors: Sequence[Tensor], ranks: Sequence[int], rank_dim: int) -> Tensor:
+def padded(factors: Sequence[Tensor], rank_dim: int) -> Tensor:
+    """Copies of all as one tensor, padded to the largest rank."""
+    ranks = ranks_of(factors, rank_dim)
     n, R, width = len(factors), max(ranks), factors[0].shape[1 - rank_dim]
     parts = factors
     if min(ranks) < R:  # one concatenation with the padding in it: pad_sequence takes eight times as long

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastpeft_kernels import reference_routed as reference
 from fastpeft_kernels.dispatch import no_autocast, use_triton
+from fastpeft_kernels.routed_pairs import pairs_for
 from fastpeft_kernels.routes import UNSAFE_TAGS, joined, parted
 
 # shrink_routed.
@@ -231,19 +232,32 @@ class LoraRouted(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         As, Bs = factors[: len(scales)], factors[len(scales) :]
-        S = run_shrink(x, As, scales, rows, starts, weights, mask)
-        ctx.save_for_backward(x, S, rows, starts, weights, mask, *factors)
-        ctx.scales = scales
-        return run_expand(base, S, Bs, rows, starts)
+        pairs = None
+        if weights is None and not (use_triton(base, As[0]) or use_triton(x)):
+            pairs = pairs_for(base, x, As, Bs, scales, rows, starts)
+        if pairs is not None:
+            with no_autocast(base):
+                out, Ss = pairs.forward(base, x, As, Bs, mask)
+        else:
+            Ss = [run_shrink(x, As, scales, rows, starts, weights, mask)]
+            out = run_expand(base, Ss[0], Bs, rows, starts)
+        ctx.save_for_backward(x, rows, starts, weights, mask, *factors, *Ss)
+        ctx.scales, ctx.pairs = scales, pairs
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        x, S, rows, starts, weights, mask, *factors = ctx.saved_tensors
+        x, rows, starts, weights, mask, *rest = ctx.saved_tensors
         scales, need_dx = ctx.scales, ctx.needs_input_grad[1]
-        As, Bs = factors[: len(scales)], factors[len(scales) :]
-        dS, dBs = run_expand_backward(dout, S, Bs, rows, starts)
-        dx, dAs = run_shrink_backward(dS, x, As, scales, rows, starts, weights, mask, need_dx)
+        slots = len(scales)
+        As, Bs, Ss = rest[:slots], rest[slots : 2 * slots], rest[2 * slots :]
+        if ctx.pairs is not None:
+            with no_autocast(dout):
+                dx, dAs, dBs = ctx.pairs.backward(dout, x, Ss, As, Bs, mask, need_dx)
+        else:
+            dS, dBs = run_expand_backward(dout, Ss[0], Bs, rows, starts)
+            dx, dAs = run_shrink_backward(dS, x, As, scales, rows, starts, weights, mask, need_dx)
         return dout, dx if need_dx else None, None, None, None, None, None, *dAs, *dBs
 
 

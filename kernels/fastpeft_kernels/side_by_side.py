@@ -34,20 +34,20 @@ class Shelf:
         self._memory.owner = self.stack  # type: ignore[attr-defined]  # storages of the tensors hold this buffer
         self._alone = sys.getrefcount(self._memory)
         self.start, self.step = self.stack.data_ptr(), self.stack[0].nbytes
+        self.places, self.shape, self.dtype = places, self.stack.shape[1:], dtype  # asked for by every product
         _enter(self.start, weakref.ref(self))
         weakref.finalize(self, _forget, self.start)
 
     def tensor(self, place: int) -> Tensor:
         """A tensor over this place, with a storage of its own."""
-        shape = self.stack.shape[1:]
-        count = shape.numel()
-        flat = torch.frombuffer(self._memory, dtype=self.stack.dtype, count=count, offset=place * self.step)
-        return flat.view(shape)
+        count = self.shape.numel()
+        flat = torch.frombuffer(self._memory, dtype=self.dtype, count=count, offset=place * self.step)
+        return flat.view(self.shape)
 
     def place_of(self, t: Tensor) -> int | None:
         """The place over which a tensor of the shelf's shape lies."""
         place, rest = divmod(t.data_ptr() - self.start, self.step)
-        return place if not rest and 0 <= place < len(self.stack) else None
+        return place if not rest and 0 <= place < self.places else None
 
     def storages(self) -> int:
         """How many storages of tensors that were made here are still held by anybody."""
@@ -84,7 +84,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> SideBySide | None:
     addresses = list(map(Tensor.data_ptr, tensors))
     first, lowest = tensors[0], min(addresses)
     shelf = _shelf_at(lowest)
-    if shelf is None or shelf.stack.shape[1:] != first.shape or shelf.stack.dtype != first.dtype:
+    if shelf is None or shelf.shape != first.shape or shelf.dtype != first.dtype:
         return None
     if len(set(map(Tensor.numel, tensors))) > 1 or not all(map(Tensor.is_contiguous, tensors)):
         return None
@@ -97,7 +97,9 @@ def side_by_side(tensors: Sequence[Tensor]) -> SideBySide | None:
         if any(rest for _, rest in numbers) or len(set(places)) < len(places):
             return None
     end = begin + max(places) + 1
-    return None if rest or end > len(shelf.stack) else SideBySide(shelf.stack[begin:end], places)
+    if rest or end > shelf.places:
+        return None
+    return SideBySide(shelf.stack if end - begin == shelf.places else shelf.stack[begin:end], places)
 
 
 def _shelf_at(address: int) -> Shelf | None:

@@ -56,12 +56,14 @@ def results(op: Callable[..., Tensor], inputs: Operands, dout: Tensor, *rest: An
     return {"out": out.detach(), "dbase": base.grad, "dx": x.grad, "dAs": dAs, "dBs": dBs}
 
 
-def check(path: str, inputs: Operands, dout: Tensor, entries: Entries, device: str, **kwargs: Any) -> None:
-    """`lora_routed` against rows by themselves."""
+def check(
+    path: str, inputs: Operands, dout: Tensor, entries: Entries, device: str, op: Any = lora_routed, **kwargs: Any
+) -> None:
+    """`lora_routed`, or what computes the same, against rows by themselves."""
     scales = SCALES[: len(inputs[2])]
     tensors = routing(entries, len(scales), device, **kwargs)
     with backend(path):
-        ours = results(lora_routed, inputs, dout, scales, *tensors)
+        ours = results(op, inputs, dout, scales, *tensors)
     eager_in, exact_in = copies(inputs), copies(inputs, torch.float64)
     eager = results(by_row_add, eager_in, dout, scales, entries)
     exact = results(by_row_add, exact_in, dout, scales, entries)
