@@ -15,7 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from fastpeft.integrations.transformers import AdapterTrainerMixin, folder_of
 from fastpeft.joint.batches import JointBatches, JointCollator, TaggedRows, slices_by_adapter, split_rows, without
-from fastpeft.joint.checks import arguments_of_all, check_arguments, check_model, make_trainable
+from fastpeft.joint.checks import (
+    arguments_of_all,
+    check_arguments,
+    check_model,
+    make_trainable,
+    order_of_checkpoint,
+)
 from fastpeft.joint.losses import check_loss, shifts_labels
 from fastpeft.joint.progress import SinceLog
 from fastpeft.joint.settings import AdapterTraining, Schedule
@@ -38,7 +44,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 
     The log has loss/<name>, learning_rate/<name>, grad_norm/<name> (before clipping) and tokens_per_second/<name>
     (tokens with a label); "loss" is the sum over the adapters, "epoch" the share of the run that is done. Checkpoints
-    hold each adapter in PEFT's format in a folder of its own, and the run resumes from them.
+    hold each adapter in PEFT's format in a folder of its own; runs resume from them, adapters named in any order.
 
     Args:
         model: a PeftModel that has all the adapters. Those of the run become trainable, the others frozen.
@@ -252,6 +258,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the run's adapters. One whose weights were not finite any more has left the run, and stays so."""
         folder = Path(resume_from_checkpoint)
+        self._take_order(order_of_checkpoint(folder, self.parameters_of))
         adapters: Any = self._adapter_model()
         diverged = _diverged(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         for name, parameters in self.parameters_of.items():
@@ -266,6 +273,13 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
                 with torch.no_grad():
                     for parameter in parameters:
                         parameter.fill_(torch.nan)
+
+    def _take_order(self, names: list[str]) -> None:
+        """Let the optimizer's groups, and so the schedules, and the rows of a batch follow this order of adapters."""
+        if names != list(self.parameters_of):
+            self.parameters_of = {name: self.parameters_of[name] for name in names}
+            self.train_dataset.schedules = {name: self.schedules[name] for name in names}
+            self.optimizer = None  # of a run before; made again
 
     # Losses.
 

@@ -138,12 +138,45 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
-    joint(tmp_path, {"w": TRAININGS["w"]}, save_strategy="steps", save_steps=3).train()
-    with pytest.raises(ValueError, match="has no weights of adapter 'x'"):
-        joint(tmp_path, {name: TRAININGS[name] for name in "wx"}).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
-        )
+@pytest.mark.parametrize("used", [False, True])
+def test_a_run_goes_on_whatever_order_its_adapters_are_named_in(used, tmp_path):
+    """Optimizer, schedules and dropout's random state are restored by position. A used trainer has an optimizer."""
+    trainings = {name: TRAININGS[name] for name in "xwz"}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = joint(tmp_path / "whole", trainings, make_model("wxz", dropout=0.2), **saving)
+    whole.train()
+    named = {name: trainings[name] for name in "zwx"}
+    again = joint(tmp_path / "again", named, make_model("zxw", dropout=0.2), **saving)
+    if used:
+        again.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name in "wxz":
+        for key in ("loss", "learning_rate", "grad_norm"):
+            assert logged(again, f"{key}/{name}") == logged(whole, f"{key}/{name}")
+        ended, wanted = weights(again.model, name), weights(whole.model, name)
+        assert all(torch.equal(ended[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "more", "message"),
+    [
+        ("w", "wx", {}, "it has no 'x'; resume with the adapters that it has"),
+        ("wx", "x", {}, "it also has 'w'; resume"),
+        ("wx", "xyz", {}, "it has no 'y', 'z' and also has 'w'; resume"),
+        ("w", "wx", {"save_only_model": True}, "has no weights of adapter 'x'"),
+    ],
+)
+def test_a_checkpoint_of_other_adapters_is_refused(saved, resumed, more, message, tmp_path):
+    joint(tmp_path, {n: TRAININGS[n] for n in saved}, save_strategy="steps", save_steps=3, max_steps=3, **more).train()
+    again = joint(tmp_path, {name: TRAININGS[name] for name in resumed}, make_model("wxyz"))
+    with pytest.raises(ValueError, match=message):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_checkpoint_of_trainer_alone_is_refused(tmp_path):
+    alone("w", tmp_path, TRAININGS["w"], save_strategy="steps", save_steps=3, max_steps=3).train()
+    with pytest.raises(ValueError, match="the optimizer of a run that was no joint run; train anew"):
+        joint(tmp_path, {"w": TRAININGS["w"]}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("learning_rate", [1e19, 1e38])
