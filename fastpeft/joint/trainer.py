@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,10 +129,16 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: Any) -> int:
         """As Trainer counts them, which goes through all modules of all adapters: once, and then by the tokens."""
+        if not inputs["adapter_names"]:
+            return 0
         tokens = inputs[getattr(self._base, "main_input_name", "input_ids")].numel()
         if self._flops_per_token is None:
             self._flops_per_token = super().floating_point_ops(inputs) / max(tokens, 1)
         return round(self._flops_per_token * tokens)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if inputs["adapter_names"]:  # else there is nothing to count, of which Trainer warns
+            super()._track_num_input_tokens(inputs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """The norm over all adapters means nothing, and takes as long as those of all of them."""
@@ -189,7 +196,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The batches of an update, and how many labels each adapter has in them."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
         return batches, self._count_labels(batches)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -290,6 +297,8 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         """
         counts: dict[str, Tensor] = {}
         for batch in batches:
+            if not batch["adapter_names"]:
+                continue
             labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
             for name, rows in slices_by_adapter(batch["adapter_names"]).items():
                 counts[name] = counts.get(name, 0) + labels[rows].ne(IGNORED).sum()
