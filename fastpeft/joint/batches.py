@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastpeft.joint.settings import Schedule
+from fastpeft.joint.settings import Schedule, check_rows
 
 
 class Row(NamedTuple):
@@ -19,9 +19,14 @@ class Row(NamedTuple):
 
 
 class TaggedRows(Dataset[Row]):
-    """A dataset whose rows carry the name of the adapter that they belong to."""
+    """A dataset whose rows carry the name of the adapter that they belong to; they are there to be evaluated.
+
+    Raises:
+        ValueError: the dataset has no length or no index.
+    """
 
     def __init__(self, adapter: str, dataset: Any) -> None:
+        check_rows(f"adapter {adapter!r}, rows to evaluate", dataset)
         self.adapter = adapter
         self.dataset = dataset
 

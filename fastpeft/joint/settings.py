@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTraining:
@@ -13,7 +15,7 @@ class AdapterTraining:
 
     Attributes:
         train_dataset: its rows; anything with a length and an index.
-        eval_dataset: rows that `evaluate` measures it on; its metrics begin with eval_<adapter name>.
+        eval_dataset: such rows, that `evaluate` measures it on; its metrics begin with eval_<adapter name>.
         learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps: its schedule, over its own steps.
         weight_decay, max_grad_norm: of its own parameters; its gradient is clipped by its own norm.
         per_device_train_batch_size: its rows in a batch; an update takes gradient_accumulation_steps as many.
@@ -50,6 +52,23 @@ class AdapterTraining:
         return own
 
 
+def check_rows(owner: str, dataset: Any) -> None:
+    """Refuse a dataset that cannot be asked for its length and for row i: rows are taken in an order of the run's.
+
+    Args:
+        owner: whose and which dataset it is, for the message.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    reads_on = isinstance(dataset, IterableDataset)  # which inherits an index that raises
+    if reads_on or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"{owner}: expected rows with a length and an index, such as a list or a datasets.Dataset, got "
+            f"{type(dataset).__name__}; give list(rows), or datasets.Dataset.from_generator for more than memory holds"
+        )
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which rows an adapter's updates take, as with transformers' Trainer alone.
@@ -71,8 +90,9 @@ class Schedule:
         """The schedule that an adapter's own arguments give.
 
         Raises:
-            ValueError: no rows, a batch size below 1, or nothing to train.
+            ValueError: rows without a length or an index, no rows, a batch size below 1, or nothing to train.
         """
+        check_rows(f"adapter {name!r}, train_dataset", training.train_dataset)
         rows, size = len(training.train_dataset), args.per_device_train_batch_size
         if size < 1:
             raise ValueError(f"adapter {name!r}: per_device_train_batch_size must be at least 1, got {size}")

@@ -16,13 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from fastpeft.integrations.transformers import AdapterTrainerMixin, folder_of
 from fastpeft.joint.batches import JointBatches, JointCollator, TaggedRows, slices_by_adapter, split_rows, without
-from fastpeft.joint.checks import (
-    arguments_of_all,
-    check_arguments,
-    check_model,
-    make_trainable,
-    order_of_checkpoint,
-)
+from fastpeft.joint.checks import arguments_of_all, check_arguments, check_model, make_trainable, order_of_checkpoint
 from fastpeft.joint.losses import check_loss, shifts_labels
 from fastpeft.joint.progress import SinceLog
 from fastpeft.joint.settings import AdapterTraining, Schedule
@@ -60,8 +54,9 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         processing_class, callbacks, compute_metrics, optimizer_cls_and_kwargs: as in Trainer.
 
     Raises:
-        ValueError: an unknown adapter, something trainable that belongs to none of them, an argument that has no
-            meaning for several adapters at once, or a model whose loss has no part for each adapter.
+        ValueError: an unknown adapter, rows without a length or an index, something trainable that belongs to none of
+            the adapters, an argument that has no meaning for several of them at once, or a model whose loss has no
+            part for each.
     """
 
     train_dataset: Any
@@ -88,14 +83,14 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         self._shifts = shifts_labels(base)
         own = {name: training.arguments(args) for name, training in adapters.items()}
         schedules = {name: Schedule.of(name, training, own[name]) for name, training in adapters.items()}
-        self.parameters_of = make_trainable(model, list(adapters))
-        datasets = {name: training.train_dataset for name, training in adapters.items()}
-        batches = JointBatches(datasets, schedules, args.gradient_accumulation_steps)
         measured = {
             name: TaggedRows(name, training.eval_dataset)
             for name, training in adapters.items()
             if training.eval_dataset is not None
         }
+        self.parameters_of = make_trainable(model, list(adapters))
+        datasets = {name: training.train_dataset for name, training in adapters.items()}
+        batches = JointBatches(datasets, schedules, args.gradient_accumulation_steps)
         super().__init__(
             model=model,
             args=arguments_of_all(args, batches),

@@ -391,6 +391,25 @@ def test_what_cannot_be_trained_apart_is_refused(tmp_path):
         ).train()
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows(3, 1))
+
+
+@pytest.mark.parametrize("make", [Stream, lambda: iter(rows(3, 1)), lambda: None], ids=["stream", "iterator", "none"])
+def test_rows_that_only_come_one_after_another_are_refused(make, tmp_path):
+    message = "{}: expected rows with a length and an index, .* got (Stream|list_iterator|NoneType); give list"
+    with pytest.raises(ValueError, match=message.format("adapter 'w', train_dataset")):
+        joint(tmp_path, {"w": AdapterTraining(train_dataset=make())})
+    together = joint(tmp_path, {"w": TRAININGS["w"]})
+    for measure in (together.evaluate, together.predict):
+        with pytest.raises(ValueError, match=message.format("adapter 'w', rows to evaluate")):
+            measure({"w": make()})
+    if make() is not None:
+        with pytest.raises(ValueError, match=message.format("adapter 'w', rows to evaluate")):
+            joint(tmp_path, {"w": dataclasses.replace(TRAININGS["w"], eval_dataset=make())})
+
+
 def test_rows_without_labels_are_named(tmp_path):
     trainer = JointTrainer(
         make_model("w"), arguments(tmp_path), {"w": AdapterTraining(train_dataset=[{"input_ids": [3, 4]}] * 4)}
