@@ -2,16 +2,17 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTraining:
-    """One adapter of a joint run. What is None is as the run's TrainingArguments say.
+    """One adapter of a joint run. What is None is as the run's TrainingArguments, or its JointTrainer, say.
 
     Attributes:
         train_dataset: its rows; anything with a length and an index.
@@ -21,6 +22,8 @@ class AdapterTraining:
         per_device_train_batch_size: its rows in a batch; an update takes gradient_accumulation_steps as many.
         num_train_epochs, max_steps: how long it trains. Once it is done, the others go on without its rows.
         data_seed: of the order of its rows.
+        compute_loss_func: (outputs, labels, num_items_in_batch) of its rows -> its loss, divided by num_items_in_batch,
+            the number of its labels in the update. None: the JointTrainer's.
     """
 
     train_dataset: Any
@@ -35,6 +38,7 @@ class AdapterTraining:
     num_train_epochs: float | None = None
     max_steps: int | None = None
     data_seed: int | None = None
+    compute_loss_func: Callable[..., Tensor] | None = None
 
     def arguments(self, shared: Any) -> Any:
         """The TrainingArguments with which a run of this adapter alone would be started.
@@ -45,7 +49,7 @@ class AdapterTraining:
         own = copy.copy(shared)
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and field.name not in ("train_dataset", "eval_dataset"):
+            if value is not None and field.name not in ("train_dataset", "eval_dataset", "compute_loss_func"):
                 setattr(own, field.name, value)
         if self.num_train_epochs is not None and self.max_steps is None:
             own.max_steps = -1  # its own number of epochs goes before the run's number of steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -50,7 +50,8 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             keep their order. Padding belongs on the right, where it changes no position.
         compute_loss_func: (outputs, labels, num_items_in_batch) of one adapter's rows -> its loss, divided by
             num_items_in_batch, the number of its labels in the update. By default the cross entropy, of causal models
-            with shifted labels; a model with another loss (regression, several labels a row, a router's) needs it.
+            with shifted labels; a model with another loss (regression, several labels a row, a router's) needs it. An
+            adapter's own goes before it.
         processing_class, callbacks, compute_metrics, optimizer_cls_and_kwargs: as in Trainer.
 
     Raises:
@@ -78,7 +79,9 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         check_arguments(args)
         check_model(model)
         base = self._base = cast(Any, model.get_base_model())
-        if compute_loss_func is None:
+        self.loss_of_adapter = {name: own.compute_loss_func or compute_loss_func for name, own in adapters.items()}
+        self.loss_of_others = compute_loss_func
+        if None in self.loss_of_adapter.values():
             check_loss(base)
         self._shifts = shifts_labels(base)
         own = {name: training.arguments(args) for name, training in adapters.items()}
@@ -104,7 +107,6 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         )
         self.data_collator = JointCollator(self._get_collator_with_removed_columns(self.data_collator))
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # each loss is a part of its update's
-        self.loss_of_adapter = compute_loss_func
         self._needs_labels = getattr(
             base.config, "is_encoder_decoder", False
         )  # its forward makes decoder inputs of them
@@ -247,6 +249,8 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
                 f"joint training: expected {{adapter name: rows}} with names of {', '.join(known)}, got {given}; say "
                 "whose rows they are"
             )
+        if None in self._loss_functions(rows).values():
+            check_loss(self._base)  # for one outside the run, within which each may have its own
         return {name: own if isinstance(own, TaggedRows) else TaggedRows(name, own) for name, own in rows.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -306,16 +310,20 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         slices = slices_by_adapter(inputs["adapter_names"])
         # split, not sliced: the gradients of the parts are joined once, instead of each being padded to the whole
         wanted = labels.split([rows.stop - rows.start for rows in slices.values()])
-        used = outputs if self.loss_of_adapter is not None else {"logits": outputs.logits}
+        functions = self._loss_functions(slices)
+        used = outputs if any(functions.values()) else {"logits": outputs.logits}
         parts = {key: split_rows(value, slices, len(labels)) for key, value in used.items() if key != "loss"}
         losses = {}
-        for i, name in enumerate(slices):
+        for i, (name, function) in enumerate(functions.items()):
             own = {key: part[i] for key, part in parts.items()}
-            if self.loss_of_adapter is not None:
-                losses[name] = self.loss_of_adapter(type(outputs)(**own), wanted[i], num_items_in_batch=counts[name])
+            if function is not None:
+                losses[name] = function(type(outputs)(**own), wanted[i], num_items_in_batch=counts[name])
             else:
                 losses[name] = self._cross_entropy(own["logits"], wanted[i], counts[name])
         return losses, outputs
+
+    def _loss_functions(self, adapters: Iterable[str]) -> dict[str, Callable[..., Tensor] | None]:
+        return {name: self.loss_of_adapter.get(name, self.loss_of_others) for name in adapters}
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, count: Tensor) -> Tensor:
         """Of one adapter's rows, divided by the number of its labels in the update."""
