@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastpeft.joint.settings import Schedule
+from fastpeft.joint.settings import Schedule, check_rows
 
 
 class Row(NamedTuple):
@@ -19,9 +19,14 @@ class Row(NamedTuple):
 
 
 class TaggedRows(Dataset[Row]):
-    """A dataset whose rows carry the name of the adapter that they belong to."""
+    """A dataset whose rows carry the name of the adapter that they belong to; they are there to be evaluated.
+
+    Raises:
+        ValueError: the dataset has no length or no index.
+    """
 
     def __init__(self, adapter: str, dataset: Any) -> None:
+        check_rows(f"adapter {adapter!r}, rows to evaluate", dataset)
         self.adapter = adapter
         self.dataset = dataset
 
@@ -35,15 +40,13 @@ class TaggedRows(Dataset[Row]):
 class JointBatches(Dataset[list[Row]]):
     """Item i is the i-th batch of the run: rows of all adapters that still train, adapter after adapter.
 
-    An update is cut into `accumulation` batches of equal size, give or take a row, none of them empty.
+    An update is cut into `accumulation` batches of equal size, give or take a row; of fewer rows than that, the first
+    batches are empty.
 
     Args:
         datasets: by adapter.
         schedules: by adapter, in the same order.
         accumulation: batches of an update.
-
-    Raises:
-        ValueError: some update would have fewer rows than batches.
     """
 
     def __init__(self, datasets: Mapping[str, Any], schedules: Mapping[str, Schedule], accumulation: int = 1) -> None:
@@ -52,11 +55,6 @@ class JointBatches(Dataset[list[Row]]):
         self.accumulation = accumulation
         self.updates = max(schedule.updates for schedule in schedules.values())
         self.rows = _rows_by_update(schedules.values(), self.updates)
-        if min(self.rows) < accumulation:
-            raise ValueError(
-                f"update {self.rows.index(min(self.rows))} has {min(self.rows)} rows and cannot be cut into "
-                f"gradient_accumulation_steps={accumulation} batches; lower gradient_accumulation_steps"
-            )
         self._orders: dict[str, tuple[int, Sequence[int]]] = {}  # adapter -> (epoch, its order), the last one asked for
 
     def __len__(self) -> int:
@@ -110,6 +108,8 @@ def _rows_by_update(schedules: Iterable[Schedule], updates: int) -> list[int]:
 class JointCollator:
     """Puts the rows of all adapters into one batch, which says under "adapter_names" whose row each is.
 
+    Of no rows it is {"adapter_names": []}: a collator need not know what an empty batch is.
+
     Args:
         collator: makes a batch of tensors of a list of rows, padding included, and keeps their order.
     """
@@ -120,6 +120,8 @@ class JointCollator:
 
     def __call__(self, items: Sequence[Row | list[Row]]) -> dict[str, Any]:
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
+        if not rows:
+            return {"adapter_names": []}
         batch = dict(self.collator([row.features for row in rows]))
         if len(batch.get("labels", ())) != len(rows):
             raise ValueError(
@@ -156,10 +158,10 @@ def without(inputs: Mapping[str, Any], adapters: set[str]) -> dict[str, Any] | N
     """A batch without the rows of some adapters; None if no row is left. Unchanged if none of them has rows in it."""
     names = inputs["adapter_names"]
     rows = [row for row, name in enumerate(names) if name not in adapters]
-    if len(rows) == len(names):
-        return dict(inputs)
     if not rows:
         return None
+    if len(rows) == len(names):
+        return dict(inputs)
 
     rest = {key: value[rows] if _has_rows(value, len(names)) else value for key, value in inputs.items()}
     return rest | {"adapter_names": [names[row] for row in rows]}

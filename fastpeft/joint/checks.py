@@ -1,10 +1,13 @@
 """What must hold before a joint run begins, and which parameters are whose."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.trainer import OPTIMIZER_NAME
 
 from fastpeft.joint.batches import JointBatches
 from fastpeft.peft_model import PeftModel
@@ -89,3 +92,29 @@ def make_trainable(model: PeftModel, adapters: Sequence[str]) -> dict[str, list[
         raise
     model.set_requires_grad(list(adapters), True)
     return found
+
+
+def order_of_checkpoint(folder: Path, adapters: Collection[str]) -> list[str]:
+    """The adapters in the order that a checkpoint was saved in; as given where it has no optimizer.
+
+    The optimizer, the schedules and the random state of dropout are restored by position, so a resumed run must take
+    the checkpoint's order.
+
+    Raises:
+        ValueError: its run had other adapters.
+    """
+    file = folder / OPTIMIZER_NAME
+    if not file.is_file():
+        return list(adapters)
+    groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]  # mmap: no moments read
+    saved = dict.fromkeys(group.get("adapter") for group in groups)
+    if None in saved:
+        raise ValueError(f"{folder} has the optimizer of a run that was no joint run; train anew, without resuming")
+    more, fewer = ([repr(n) for n in a if n not in b] for a, b in ((adapters, saved), (saved, adapters)))
+    if more or fewer:
+        lacks = [f"{text} {', '.join(names)}" for text, names in (("has no", more), ("also has", fewer)) if names]
+        raise ValueError(
+            f"{folder} is of a joint run of other adapters: it {' and '.join(lacks)}; resume with the adapters that it "
+            "has, in any order, or train anew"
+        )
+    return list(saved)

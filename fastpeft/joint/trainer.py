@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from fastpeft.integrations.transformers import AdapterTrainerMixin, folder_of
 from fastpeft.joint.batches import JointBatches, JointCollator, TaggedRows, slices_by_adapter, split_rows, without
-from fastpeft.joint.checks import arguments_of_all, check_arguments, check_model, make_trainable
+from fastpeft.joint.checks import arguments_of_all, check_arguments, check_model, make_trainable, order_of_checkpoint
 from fastpeft.joint.losses import check_loss, shifts_labels
 from fastpeft.joint.progress import SinceLog
 from fastpeft.joint.settings import AdapterTraining, Schedule
@@ -38,7 +39,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 
     The log has loss/<name>, learning_rate/<name>, grad_norm/<name> (before clipping) and tokens_per_second/<name>
     (tokens with a label); "loss" is the sum over the adapters, "epoch" the share of the run that is done. Checkpoints
-    hold each adapter in PEFT's format in a folder of its own, and the run resumes from them.
+    hold each adapter in PEFT's format in a folder of its own; runs resume from them, adapters named in any order.
 
     Args:
         model: a PeftModel that has all the adapters. Those of the run become trainable, the others frozen.
@@ -49,12 +50,14 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
             keep their order. Padding belongs on the right, where it changes no position.
         compute_loss_func: (outputs, labels, num_items_in_batch) of one adapter's rows -> its loss, divided by
             num_items_in_batch, the number of its labels in the update. By default the cross entropy, of causal models
-            with shifted labels; a model with another loss (regression, several labels a row, a router's) needs it.
+            with shifted labels; a model with another loss (regression, several labels a row, a router's) needs it. An
+            adapter's own goes before it.
         processing_class, callbacks, compute_metrics, optimizer_cls_and_kwargs: as in Trainer.
 
     Raises:
-        ValueError: an unknown adapter, something trainable that belongs to none of them, an argument that has no
-            meaning for several adapters at once, or a model whose loss has no part for each adapter.
+        ValueError: an unknown adapter, rows without a length or an index, something trainable that belongs to none of
+            the adapters, an argument that has no meaning for several of them at once, or a model whose loss has no
+            part for each.
     """
 
     train_dataset: Any
@@ -76,19 +79,21 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         check_arguments(args)
         check_model(model)
         base = self._base = cast(Any, model.get_base_model())
-        if compute_loss_func is None:
+        self.loss_of_adapter = {name: own.compute_loss_func or compute_loss_func for name, own in adapters.items()}
+        self.loss_of_others = compute_loss_func
+        if None in self.loss_of_adapter.values():
             check_loss(base)
         self._shifts = shifts_labels(base)
         own = {name: training.arguments(args) for name, training in adapters.items()}
         schedules = {name: Schedule.of(name, training, own[name]) for name, training in adapters.items()}
-        self.parameters_of = make_trainable(model, list(adapters))
-        datasets = {name: training.train_dataset for name, training in adapters.items()}
-        batches = JointBatches(datasets, schedules, args.gradient_accumulation_steps)
         measured = {
             name: TaggedRows(name, training.eval_dataset)
             for name, training in adapters.items()
             if training.eval_dataset is not None
         }
+        self.parameters_of = make_trainable(model, list(adapters))
+        datasets = {name: training.train_dataset for name, training in adapters.items()}
+        batches = JointBatches(datasets, schedules, args.gradient_accumulation_steps)
         super().__init__(
             model=model,
             args=arguments_of_all(args, batches),
@@ -102,7 +107,6 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         )
         self.data_collator = JointCollator(self._get_collator_with_removed_columns(self.data_collator))
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # each loss is a part of its update's
-        self.loss_of_adapter = compute_loss_func
         self._needs_labels = getattr(
             base.config, "is_encoder_decoder", False
         )  # its forward makes decoder inputs of them
@@ -122,10 +126,16 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: Any) -> int:
         """As Trainer counts them, which goes through all modules of all adapters: once, and then by the tokens."""
+        if not inputs["adapter_names"]:
+            return 0
         tokens = inputs[getattr(self._base, "main_input_name", "input_ids")].numel()
         if self._flops_per_token is None:
             self._flops_per_token = super().floating_point_ops(inputs) / max(tokens, 1)
         return round(self._flops_per_token * tokens)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if inputs["adapter_names"]:  # else there is nothing to count, of which Trainer warns
+            super()._track_num_input_tokens(inputs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """The norm over all adapters means nothing, and takes as long as those of all of them."""
@@ -183,7 +193,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The batches of an update, and how many labels each adapter has in them."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
         return batches, self._count_labels(batches)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -239,6 +249,8 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
                 f"joint training: expected {{adapter name: rows}} with names of {', '.join(known)}, got {given}; say "
                 "whose rows they are"
             )
+        if None in self._loss_functions(rows).values():
+            check_loss(self._base)  # for one outside the run, within which each may have its own
         return {name: own if isinstance(own, TaggedRows) else TaggedRows(name, own) for name, own in rows.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -252,6 +264,7 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the run's adapters. One whose weights were not finite any more has left the run, and stays so."""
         folder = Path(resume_from_checkpoint)
+        self._take_order(order_of_checkpoint(folder, self.parameters_of))
         adapters: Any = self._adapter_model()
         diverged = _diverged(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         for name, parameters in self.parameters_of.items():
@@ -267,6 +280,13 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
                     for parameter in parameters:
                         parameter.fill_(torch.nan)
 
+    def _take_order(self, names: list[str]) -> None:
+        """Let the optimizer's groups, and so the schedules, and the rows of a batch follow this order of adapters."""
+        if names != list(self.parameters_of):
+            self.parameters_of = {name: self.parameters_of[name] for name in names}
+            self.train_dataset.schedules = {name: self.schedules[name] for name in names}
+            self.optimizer = None  # of a run before; made again
+
     # Losses.
 
     def _count_labels(self, batches: list[Any]) -> dict[str, Tensor]:
@@ -276,6 +296,8 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         """
         counts: dict[str, Tensor] = {}
         for batch in batches:
+            if not batch["adapter_names"]:
+                continue
             labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
             for name, rows in slices_by_adapter(batch["adapter_names"]).items():
                 counts[name] = counts.get(name, 0) + labels[rows].ne(IGNORED).sum()
@@ -288,16 +310,20 @@ class JointTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
         slices = slices_by_adapter(inputs["adapter_names"])
         # split, not sliced: the gradients of the parts are joined once, instead of each being padded to the whole
         wanted = labels.split([rows.stop - rows.start for rows in slices.values()])
-        used = outputs if self.loss_of_adapter is not None else {"logits": outputs.logits}
+        functions = self._loss_functions(slices)
+        used = outputs if any(functions.values()) else {"logits": outputs.logits}
         parts = {key: split_rows(value, slices, len(labels)) for key, value in used.items() if key != "loss"}
         losses = {}
-        for i, name in enumerate(slices):
+        for i, (name, function) in enumerate(functions.items()):
             own = {key: part[i] for key, part in parts.items()}
-            if self.loss_of_adapter is not None:
-                losses[name] = self.loss_of_adapter(type(outputs)(**own), wanted[i], num_items_in_batch=counts[name])
+            if function is not None:
+                losses[name] = function(type(outputs)(**own), wanted[i], num_items_in_batch=counts[name])
             else:
                 losses[name] = self._cross_entropy(own["logits"], wanted[i], counts[name])
         return losses, outputs
+
+    def _loss_functions(self, adapters: Iterable[str]) -> dict[str, Callable[..., Tensor] | None]:
+        return {name: self.loss_of_adapter.get(name, self.loss_of_others) for name in adapters}
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, count: Tensor) -> Tensor:
         """Of one adapter's rows, divided by the number of its labels in the update."""

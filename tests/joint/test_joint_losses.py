@@ -4,6 +4,7 @@ import pytest
 import torch
 from joint_runs import PAD, arguments, logged, rows, weights
 from models import VOCAB, batch, build
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, default_data_collator
 
 from fastpeft import LoraConfig, get_peft_model
@@ -119,6 +120,55 @@ def test_a_model_with_another_loss_needs_one(make, target, message, tmp_path):
         model, arguments(tmp_path), trainings, data_collator=PAD,
         compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum(),
     )  # fmt: skip
+
+
+def causal(power, smoothing=0.0):
+    def loss(outputs, labels, num_items_in_batch=None):
+        logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        of_tokens = cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
+        counted = wanted.ne(-100)
+        count = counted.sum() if num_items_in_batch is None else num_items_in_batch
+        return (of_tokens * counted).pow(power).sum() / count
+
+    return loss
+
+
+@pytest.mark.parametrize("of_all", [None, causal(1.0, 0.3)], ids=["the model's", "the trainer's"])
+def test_an_adapter_may_have_a_loss_of_its_own(of_all, tmp_path):
+    """w and x have each their own, y what all have: each is trained and measured as alone with that function."""
+    functions = {"w": causal(1.0, 0.1), "x": causal(1.5), "y": None}
+    trainings = {
+        name: AdapterTraining(train_dataset=rows(7, seed), eval_dataset=rows(4, seed + 9), compute_loss_func=function)
+        for seed, (name, function) in enumerate(functions.items(), start=1)
+    }
+    more = {"gradient_accumulation_steps": 2, "max_steps": 3}
+    model = with_adapters(lambda: build("llama"), "llama", "wxy")
+    together = JointTrainer(model, arguments(tmp_path, **more), trainings, data_collator=PAD, compute_loss_func=of_all)
+    together.train()
+    measured = together.evaluate()
+    for name, training in trainings.items():
+        single = Trainer(
+            with_adapters(lambda: build("llama"), "llama", name), arguments(tmp_path, **more), data_collator=PAD,
+            train_dataset=training.train_dataset, compute_loss_func=functions[name] or of_all,
+        )  # fmt: skip
+        single.train()
+        assert logged(together, f"loss/{name}") == pytest.approx(logged(single, "loss"), rel=1e-5)
+        assert logged(together, f"grad_norm/{name}") == pytest.approx(logged(single, "grad_norm"), rel=1e-4)
+        for key, wanted in weights(single.model, name).items():
+            torch.testing.assert_close(weights(together.model, name)[key], wanted, rtol=1e-3, atol=1e-5)
+        wanted = single.evaluate(training.eval_dataset)["eval_loss"]
+        assert measured[f"eval_{name}_loss"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_model_whose_loss_is_not_known_needs_one_for_every_adapter(tmp_path):
+    model = with_adapters(lambda: mixtral(output_router_logits=True), "llama")
+    own = {"w": AdapterTraining(train_dataset=tokens(1), compute_loss_func=causal(1.0))}
+    with pytest.raises(ValueError, match="a loss of its router"):
+        JointTrainer(model, arguments(tmp_path), own | {"x": AdapterTraining(train_dataset=tokens(2))})
+    together = JointTrainer(model, arguments(tmp_path), own, data_collator=PAD)
+    together.evaluate({"w": tokens(3)})
+    with pytest.raises(ValueError, match="a loss of its router"):
+        together.evaluate({"x": tokens(3)})
 
 
 def test_a_router_is_found_in_the_part_that_reads_text():

@@ -1,6 +1,7 @@
 """Adapters trained together are what each would be alone: losses, weights, schedules, clipping, checkpoints."""
 
 import dataclasses
+import logging
 import math
 
 import peft
@@ -60,6 +61,25 @@ def test_each_adapter_ends_as_trainer_alone_leaves_it(accumulation, tmp_path):
     assert max(logged(together, "grad_norm/x")) > 0.3  # so that clipping has something to do
     left = {key: p for key, p in together.model.named_parameters() if "lora_" not in key}
     assert all(torch.equal(left[key], p) for key, p in base.items())
+    assert_as_alone(together, trainings, tmp_path, **more)
+
+
+@pytest.mark.parametrize("accumulation", [4, 7])
+def test_an_update_may_have_fewer_rows_than_accumulation_steps(accumulation, tmp_path, caplog, monkeypatch):
+    """Of 10 rows the last update of an epoch has 2, or 3; x, of 3 rows, is done before."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    more = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 1, "max_steps": -1}
+    more |= {"include_num_input_tokens_seen": "all", "max_grad_norm": 0.3, "num_train_epochs": 2}
+    trainings = {
+        "w": AdapterTraining(train_dataset=rows(10, 1), learning_rate=3e-3),
+        "x": AdapterTraining(train_dataset=rows(3, 2), num_train_epochs=4),
+    }
+    together = joint(tmp_path, trainings, **more)
+    together.train()
+    assert together.state.global_step == 2 * math.ceil(10 / accumulation)
+    assert len(logged(together, "loss/x")) == 4
+    assert min(together.train_dataset.rows) < accumulation
+    assert "Tried to track the number of tokens" not in caplog.text
     assert_as_alone(together, trainings, tmp_path, **more)
 
 
@@ -138,12 +158,45 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
-    joint(tmp_path, {"w": TRAININGS["w"]}, save_strategy="steps", save_steps=3).train()
-    with pytest.raises(ValueError, match="has no weights of adapter 'x'"):
-        joint(tmp_path, {name: TRAININGS[name] for name in "wx"}).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
-        )
+@pytest.mark.parametrize("used", [False, True])
+def test_a_run_goes_on_whatever_order_its_adapters_are_named_in(used, tmp_path):
+    """Optimizer, schedules and dropout's random state are restored by position. A used trainer has an optimizer."""
+    trainings = {name: TRAININGS[name] for name in "xwz"}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = joint(tmp_path / "whole", trainings, make_model("wxz", dropout=0.2), **saving)
+    whole.train()
+    named = {name: trainings[name] for name in "zwx"}
+    again = joint(tmp_path / "again", named, make_model("zxw", dropout=0.2), **saving)
+    if used:
+        again.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name in "wxz":
+        for key in ("loss", "learning_rate", "grad_norm"):
+            assert logged(again, f"{key}/{name}") == logged(whole, f"{key}/{name}")
+        ended, wanted = weights(again.model, name), weights(whole.model, name)
+        assert all(torch.equal(ended[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "more", "message"),
+    [
+        ("w", "wx", {}, "it has no 'x'; resume with the adapters that it has"),
+        ("wx", "x", {}, "it also has 'w'; resume"),
+        ("wx", "xyz", {}, "it has no 'y', 'z' and also has 'w'; resume"),
+        ("w", "wx", {"save_only_model": True}, "has no weights of adapter 'x'"),
+    ],
+)
+def test_a_checkpoint_of_other_adapters_is_refused(saved, resumed, more, message, tmp_path):
+    joint(tmp_path, {n: TRAININGS[n] for n in saved}, save_strategy="steps", save_steps=3, max_steps=3, **more).train()
+    again = joint(tmp_path, {name: TRAININGS[name] for name in resumed}, make_model("wxyz"))
+    with pytest.raises(ValueError, match=message):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_checkpoint_of_trainer_alone_is_refused(tmp_path):
+    alone("w", tmp_path, TRAININGS["w"], save_strategy="steps", save_steps=3, max_steps=3).train()
+    with pytest.raises(ValueError, match="the optimizer of a run that was no joint run; train anew"):
+        joint(tmp_path, {"w": TRAININGS["w"]}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("learning_rate", [1e19, 1e38])
@@ -310,7 +363,6 @@ def test_adapters_outside_the_run_stay_as_they_are(tmp_path):
         ({"auto_find_batch_size": True}, "set the batch sizes"),
         ({"save_strategy": "epoch"}, "count save, eval and logging in steps"),
         ({"train_sampling_strategy": "group_by_length"}, "random or sequential"),
-        ({"gradient_accumulation_steps": 9}, "cannot be cut into gradient_accumulation_steps=9"),
     ],
 )
 def test_arguments_without_a_meaning_are_refused(more, message, tmp_path):
@@ -337,6 +389,25 @@ def test_what_cannot_be_trained_apart_is_refused(tmp_path):
             {"w": dataclasses.replace(TRAININGS["w"], lr_scheduler_type="reduce_lr_on_plateau")},
             eval_strategy="no",
         ).train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows(3, 1))
+
+
+@pytest.mark.parametrize("make", [Stream, lambda: iter(rows(3, 1)), lambda: None], ids=["stream", "iterator", "none"])
+def test_rows_that_only_come_one_after_another_are_refused(make, tmp_path):
+    message = "{}: expected rows with a length and an index, .* got (Stream|list_iterator|NoneType); give list"
+    with pytest.raises(ValueError, match=message.format("adapter 'w', train_dataset")):
+        joint(tmp_path, {"w": AdapterTraining(train_dataset=make())})
+    together = joint(tmp_path, {"w": TRAININGS["w"]})
+    for measure in (together.evaluate, together.predict):
+        with pytest.raises(ValueError, match=message.format("adapter 'w', rows to evaluate")):
+            measure({"w": make()})
+    if make() is not None:
+        with pytest.raises(ValueError, match=message.format("adapter 'w', rows to evaluate")):
+            joint(tmp_path, {"w": dataclasses.replace(TRAININGS["w"], eval_dataset=make())})
 
 
 def test_rows_without_labels_are_named(tmp_path):
