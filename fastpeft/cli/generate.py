@@ -179,13 +179,14 @@ def read_prompts(file: Path) -> list[str]:
     """One prompt a line; in a .jsonl file under "prompt"."""
     if not file.is_file():
         raise CommandError(f"no prompts file at {file}: give a .txt file with one prompt a line, or a .jsonl file")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a prompt may hold other separators
+    lines = {number: line for number, line in enumerate(text, start=1) if line.strip()}
     if not lines:
         raise CommandError(f"{file} holds no prompt: write one a line")
     if file.suffix != ".jsonl":
-        return lines
+        return [*lines.values()]
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines.items():
         try:
             prompts.append(json.loads(line)["prompt"])
         except (ValueError, KeyError, TypeError) as error:
