@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from fastpeft.cli import app, main
+from fastpeft.cli.errors import CommandError
+from fastpeft.cli.train import numbers
 from fastpeft.demo import BASE
 
 OPTIONS = ("--max-steps", 1, "--batch-size", 1, "--block-size", 16)
@@ -61,6 +63,7 @@ WRONG = [
     (training(more=("--speed", 9)), 2, "No such option"),
     (training(more=("--bias", "some")), 2, "--bias"),
     (training(more=("--layers", "a-b")), 2, "0-3,8"),
+    (training(more=("--layers", "3-1", "--target-modules", "q_proj")), 2, "must ascend, as 1-3"),
     (training(more=("--layers", 99)), 2, "give --target-modules too"),
     (training(more=("--layers", 99, "--target-modules", "q_proj")), 2, "these LoRA options do not fit"),
     (training(more=("--epochs", 0, "--max-steps", 0)), 2, "--max-steps"),
@@ -135,6 +138,17 @@ def test_one_line_and_no_traceback(command, code, words, cli, place, adapter, mo
     assert len(answer.err.strip().splitlines()) == 1, answer.err
     assert answer.err.startswith("fastpeft")
     assert sorted(place.rglob("*")) == before, "a refused command left something behind"
+
+
+@pytest.mark.parametrize(("text", "layers"), [("1-1", [1]), ("0-2, 2,5", [0, 1, 2, 5]), ("1,1", [1])])
+def test_layers(text, layers):
+    assert numbers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1-", "1--2", "1-2-3", "1,", "²", "3-1"])
+def test_no_layers(text):
+    with pytest.raises(CommandError, match="--layers"):
+        numbers(text)
 
 
 @pytest.mark.parametrize("name", ["train", "generate", "merge", "inspect", "bench", "demo"])
