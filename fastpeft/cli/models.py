@@ -33,7 +33,9 @@ def resolve_base(name: str) -> str:
     if path.is_dir():
         if (path / "config.json").exists():
             return str(path.resolve())
-        if (path / "adapter_config.json").exists():
+        from fastpeft.adapter_files import find_config
+
+        if find_config(path):
             raise CommandError(f"{name} holds an adapter, not a model: give the folder of its base model here")
         raise CommandError(f"{name} holds no model: a model folder has a config.json")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or not name.strip():
@@ -102,19 +104,21 @@ def _cannot_load(what: str, base: str, error: Exception) -> CommandError:
 
 
 def adapter_config(adapter: str) -> dict[str, Any]:
-    """The adapter_config.json of a local adapter folder, as it is.
+    """The config of a local adapter folder, as it is: the one that the library reads with the weights there.
 
     Raises:
         CommandError: no such folder, no adapter in it, or a config that is not JSON.
     """
+    from fastpeft.adapter_files import find_config, find_weights
+
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         raise CommandError(f"no adapter folder {adapter!r}: give the folder that `fastpeft train` wrote")
-    file = folder / "adapter_config.json"
-    if not file.exists():
+    file = find_config(folder)
+    if file is None:
         kind = "a whole model, not an adapter" if (folder / "config.json").exists() else "no adapter_config.json"
         raise CommandError(f"{adapter} holds {kind}: give the folder with adapter_config.json in it")
-    if not (folder / "adapter_model.safetensors").exists() and not (folder / "adapter_model.bin").exists():
+    if find_weights(folder) is None:
         raise CommandError(f"{adapter} has a config but no weights (adapter_model.safetensors): train or copy it again")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -26,8 +26,10 @@ def describe(adapter: str) -> dict[str, Any]:
     Raises:
         CommandError: no adapter there, or weights that cannot be read; a NaN among them is such a reason.
     """
+    from fastpeft.adapter_files import find_weights
+
     config = adapter_config(adapter)
-    weights = read_weights(adapter)
+    weights, file = read_weights(adapter), find_weights(Path(adapter).expanduser())
     rows = low_rank_rows(weights, config)
     rows += [plain_row(name, value) for name, value in weights.items() if not HALVES.match(name)]
     options = {key: config[key] for key in ("target_modules", *QUIET) if config.get(key)}
@@ -45,7 +47,7 @@ def describe(adapter: str) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in weights.values()),
         "tensors": len(weights),
         "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})),
-        "bytes": sum(f.stat().st_size for f in Path(adapter).expanduser().glob("adapter_model.*")),
+        "bytes": 0 if file is None else file.stat().st_size,
         "options": options,
         "layers": rows,
         "warnings": warnings,
