@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.cli.errors import CommandError, one_line
-from fastpeft.cli.models import adapter_config, base_of, load_adapter, load_base, load_tokenizer
+from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, load_tokenizer
 from fastpeft.cli.requests import Request, check_lengths, cut_batches, parse_adapters, read_requests
 from fastpeft.cli.results import Results, record_of
 
@@ -70,10 +70,10 @@ def common_base(adapters: dict[str, str], base: str | None) -> str:
     """The base to use: what was asked for, else the one that all adapters name.
 
     Raises:
-        CommandError: they name different ones, or one that is not here.
+        CommandError: they name different ones, or one that is not here, or are of another task.
     """
     for folder in adapters.values():
-        adapter_config(folder)
+        check_task(folder)
     found = {name: base_of(folder, base) for name, folder in adapters.items()}
     (first, where), *others = found.items()
     for name, its in others:

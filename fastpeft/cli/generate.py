@@ -126,8 +126,9 @@ def generate(
         raise CommandError("no prompt: give one in quotes, or a file with --prompts-file")
     if output and output.exists():
         raise CommandError(f"{output} exists: give another file with --output")
-    from fastpeft.cli.models import base_of, load_adapter, load_base, load_tokenizer
+    from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, load_tokenizer
 
+    check_task(adapter)
     where = base_of(adapter, base)
     tokenizer = load_tokenizer(where)
     model = load_adapter(load_base(where, dtype, device), adapter)

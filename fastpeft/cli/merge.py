@@ -35,8 +35,9 @@ def merge(
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", shard_size, re.IGNORECASE):
         raise CommandError(f"--shard-size takes a number with KB, MB, GB or TB, such as 5GB; got {shard_size!r}")
     from fastpeft.cli.console import make_console
-    from fastpeft.cli.models import base_of, load_adapter, load_base, load_tokenizer
+    from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, load_tokenizer
 
+    check_task(adapter)
     where = base_of(adapter, base)
     tokenizer = load_tokenizer(where)
     model = load_adapter(load_base(where, dtype, device), adapter)

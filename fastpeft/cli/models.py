@@ -129,6 +129,18 @@ def adapter_config(adapter: str) -> dict[str, Any]:
     return config
 
 
+def check_task(adapter: str) -> None:
+    """Raise CommandError for an adapter that is not of a causal language model: its own head would be left out."""
+    from fastpeft.model_tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as CLASSES
+
+    task = adapter_config(adapter).get("task_type") or "CAUSAL_LM"
+    if task in CLASSES and task != "CAUSAL_LM":
+        raise CommandError(
+            f"{adapter} is for the task {task}, and this command is for CAUSAL_LM only: load it in Python, with "
+            f"fastpeft.Auto{CLASSES[task].__name__}.from_pretrained({adapter!r})"
+        )
+
+
 def base_of(adapter: str, base: str | None) -> str:
     """The base to use: what was asked for, else what the adapter's config names."""
     named = base or adapter_config(adapter).get("base_model_name_or_path")

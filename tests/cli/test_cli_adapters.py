@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
+import fastpeft
+from fastpeft import LoraConfig, get_peft_model
 from fastpeft.adapter_files import find_config
 from fastpeft.cli.models import adapter_config
 from fastpeft.cli.results import record_of
@@ -36,3 +39,37 @@ def test_a_save_that_was_killed_between_its_renames(first, cli, adapter, copy_of
     answer = cli("merge", folder, tmp_path / "merged")
     assert answer.code == 0, answer.err
     assert "holds an adapter" in cli("inspect", adapter, "--base", folder).err
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """An adapter that labels texts in three ways, with a head of its own."""
+    folder = tmp_path_factory.mktemp("classifier")
+    base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=3)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    model.base_model.model.score.weight.data.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "ADAPTER", "One day"),
+        ("generate", "--adapter", "a=ADAPTER", "--prompts", "PROMPTS"),
+        ("merge", "ADAPTER", "OUT"),
+    ],
+    ids=["generate", "batch", "merge"],
+)
+def test_an_adapter_of_another_task_is_refused(command, cli, classifier, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "One day"}\n')
+    paths = {"ADAPTER": classifier, "PROMPTS": tmp_path / "p.jsonl", "OUT": tmp_path / "out"}
+    for name, path in paths.items():
+        command = [word.replace(name, str(path)) for word in command]
+    answer = cli(*command)
+    assert answer.code == 2
+    assert "is for the task SEQ_CLS" in answer.err
+    assert "fastpeft.AutoPeftModelForSequenceClassification.from_pretrained" in answer.err
+    assert len(answer.err.splitlines()) == 1
+    assert hasattr(fastpeft, "AutoPeftModelForSequenceClassification")
+    assert not (tmp_path / "out").exists()
