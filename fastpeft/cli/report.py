@@ -129,8 +129,12 @@ def group(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def misfits(adapter: str, base: str) -> list[str]:
-    """Why the adapter does not go onto the base, one reason a line; empty when it fits. No weights are loaded."""
+def fit(adapter: str, base: str) -> tuple[list[str], list[str]]:
+    """Whether the adapter goes onto the base. No weights are loaded.
+
+    Returns:
+        Why it does not, one reason a line, empty when it fits; and notes on what says nothing of that.
+    """
     import torch
 
     from fastpeft import PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -142,6 +146,7 @@ def misfits(adapter: str, base: str) -> list[str]:
         raise CommandError(f"the config in {adapter} cannot be used: {one_line(error)}", code=1) from error
     model = empty_base(base, adapter_config(adapter).get("task_type"))
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    new = new_parts(model)
     try:
         with (
             torch.device("meta"),
@@ -152,12 +157,18 @@ def misfits(adapter: str, base: str) -> list[str]:
     except NotImplementedError as error:
         raise CommandError(f"cannot tell whether {adapter} fits: {one_line(error)}", code=1) from error
     except Exception as error:
-        return [one_line(error)]
+        return [one_line(error)], []
     found = {name: tuple(value.shape) for name, value in weights.items()}
     for name in found.keys() - expected.keys():  # embeddings saved whole stand under their own name in the base
         plain = name.removeprefix(PREFIX)
         if plain in own:
             expected[name] = own[plain]
+    heads = {name for name in found.keys() & expected.keys() if name.removeprefix(PREFIX).partition(".")[0] in new}
+    notes = []
+    for name in sorted(heads):
+        if found[name][1:] == expected[name][1:]:  # the rows of a fresh head are but the default number of labels
+            expected[name] = found[name]
+            notes.append(f"{name} {found[name]}: the adapter brings this head itself, the base has none to compare")
     reasons = [
         f"{name}: the adapter has {found[name]}, the base needs {shape}"
         for name, shape in expected.items()
@@ -167,7 +178,15 @@ def misfits(adapter: str, base: str) -> list[str]:
     reasons += [
         f"{name}: a layer of the base that the adapter has no weights for" for name in expected if name not in found
     ]
-    return [reason.replace(PREFIX, "") for reason in reasons]
+    return [reason.replace(PREFIX, "") for reason in reasons], [note.replace(PREFIX, "") for note in notes]
+
+
+def new_parts(model: Any) -> set[str]:
+    """The parts of a task's model that a base saved for another task does not have: its head."""
+    if type(model).__name__ in (model.config.architectures or ()):
+        return set()
+    known = (model.base_model, model.get_output_embeddings())  # the rows of a head for words are the vocabulary
+    return {name for name, part in model.named_children() if all(part is not other for other in known)}
 
 
 def empty_base(base: str, task: str | None) -> Any:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import fastpeft
 from fastpeft import LoraConfig, get_peft_model
@@ -73,3 +73,23 @@ def test_an_adapter_of_another_task_is_refused(command, cli, classifier, tmp_pat
     assert len(answer.err.splitlines()) == 1
     assert hasattr(fastpeft, "AutoPeftModelForSequenceClassification")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_the_adapter_brings_says_nothing_of_the_fit(cli, classifier, tmp_path):
+    """A base without a head gets one of two labels; in a base with a head of its own that number is real."""
+    answer = cli("inspect", classifier, "--base", BASE)
+    assert answer.code == 0, answer.err
+    assert "note: score.weight (3, 192): the adapter brings this head itself" in answer.out
+    assert f"fits {BASE.resolve()}" in answer.out
+
+    config = AutoConfig.from_pretrained(BASE)
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(tmp_path / "two")
+    answer = cli("inspect", classifier, "--base", tmp_path / "two")
+    assert answer.code == 1
+    assert "score.weight: the adapter has (3, 192), the base needs (2, 192)" in answer.err
+    config.architectures, config.hidden_size = ["LlamaForCausalLM"], 96
+    config.save_pretrained(tmp_path / "narrow")
+    report = json.loads(cli("inspect", classifier, "--base", tmp_path / "narrow", "--json").out)
+    assert "score.weight: the adapter has (3, 192), the base needs (2, 96)" in report["misfits"]
+    assert report["notes"] == []
