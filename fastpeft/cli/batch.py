@@ -10,6 +10,7 @@ from fastpeft.cli.errors import CommandError, one_line
 from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, load_tokenizer
 from fastpeft.cli.requests import Request, check_lengths, cut_batches, parse_adapters, read_requests
 from fastpeft.cli.results import Results, record_of
+from fastpeft.cli.train_options import MAX_SEED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ def generate_batch(settings: BatchSettings) -> None:
             if settings.seed is not None:
                 from transformers import set_seed
 
-                set_seed(settings.seed + number)
+                set_seed((settings.seed + number) % (MAX_SEED + 1))
             rows = [requests[place] for place in batch]
             texts, count = complete_rows(model, tokenizer, rows, [tokens[place] for place in batch])
             done = zip(batch, rows, texts, strict=True)

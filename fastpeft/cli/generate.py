@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fastpeft.cli.errors import CommandError
-from fastpeft.cli.train_options import Precision
+from fastpeft.cli.train_options import MAX_SEED, Precision
 
 SAMPLING, BATCH = "Sampling", "Many adapters"
 LINES = 16  # of --prompts at a time
@@ -48,7 +48,9 @@ def generate(
         float, typer.Option(min=0.01, help="Above 1: avoid what was said.", rich_help_panel=SAMPLING)
     ] = 1.0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Texts a prompt.", rich_help_panel=SAMPLING)] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same text.", rich_help_panel=SAMPLING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Same seed, same text.", rich_help_panel=SAMPLING)
+    ] = None,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Print words as they come; the default.")
     ] = None,
@@ -180,7 +182,10 @@ def read_prompts(file: Path) -> list[str]:
     """One prompt a line; in a .jsonl file under "prompt"."""
     if not file.is_file():
         raise CommandError(f"no prompts file at {file}: give a .txt file with one prompt a line, or a .jsonl file")
-    text = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a prompt may hold other separators
+    try:
+        text = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a prompt may hold other separators
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from error
     lines = {number: line for number, line in enumerate(text, start=1) if line.strip()}
     if not lines:
         raise CommandError(f"{file} holds no prompt: write one a line")
@@ -189,9 +194,12 @@ def read_prompts(file: Path) -> list[str]:
     prompts = []
     for number, line in lines.items():
         try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CommandError(f'{file}, line {number}: expected a JSON object with "prompt"') from error
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise CommandError(f'{file}, line {number}: expected a JSON object with "prompt", a text')
+        prompts.append(prompt)
     return prompts
 
 

@@ -88,6 +88,14 @@ def resolve_device(device: str) -> str:
         raise CommandError(f"no device is called {device!r}: use auto, cpu, cuda or cuda:1") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise CommandError("torch sees no CUDA device here: use --device cpu, or leave the option out")
+    try:
+        if kind == "meta":  # knows shapes, computes nothing
+            raise RuntimeError("it holds no numbers")
+        torch.ones(1, device=device).cpu()
+    except Exception as error:  # a device that is not there fails in as many ways as there are kinds
+        raise CommandError(
+            f"--device {device} cannot be used here ({one_line(error, 80)}): use --device cpu, or leave the option out"
+        ) from error
     return device
 
 

@@ -23,6 +23,8 @@ def place(tmp_path_factory, adapter):
     (root / "long.txt").write_text("Some words to learn. " * 1000)
     (root / "empty.txt").write_text("")
     (root / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (root / "number.jsonl").write_text('{"prompt": "One day"}\n{"prompt": 5}\n')
+    (root / "latin.txt").write_bytes("café".encode("latin-1"))
     (root / "good.csv").write_text("a,b\n")
     (root / "file").write_text("x")
     (root / "folder").mkdir()
@@ -75,6 +77,11 @@ WRONG = [
     (training(more=("--optimizer", "magic")), 2, "magic"),
     (training(more=("--optimizer", "adamw_anyprecision")), 2, "--optimizer adamw_anyprecision cannot be used here"),
     (training(more=("--device", "abacus")), 2, "no device is called 'abacus'"),
+    *((training(more=("--device", d)), 2, f"--device {d} cannot be used here") for d in ("mps:9", "meta", "xpu:9")),
+    (training(more=("--epochs", "inf")), 2, "--epochs must be a finite number"),
+    (training(more=("--learning-rate", "inf")), 2, "--learning-rate must be a finite number"),
+    (training(more=("--weight-decay", "inf")), 2, "--weight-decay must be a finite number"),
+    (training(more=("--seed", 99999999999)), 2, "--seed"),
     (training(more=("--revision", "main")), 2, "goes with a hub id"),
     (training(more=("--load-best", "--eval-fraction", 0)), 2, "--load-best needs something"),
     (training(more=("--eval-steps", 3, "--eval-fraction", 0)), 2, "--eval-steps needs something"),
@@ -108,6 +115,10 @@ WRONG = [
     (("generate", "ADAPTER", "--prompts-file", "missing"), 2, "no prompts file"),
     (("generate", "ADAPTER", "--prompts-file", "empty.txt"), 2, "holds no prompt"),
     (("generate", "ADAPTER", "--prompts-file", "bad.jsonl"), 2, "line 1"),
+    (("generate", "ADAPTER", "--prompts-file", "number.jsonl"), 2, "number.jsonl, line 2: expected"),
+    (("generate", "ADAPTER", "--prompts-file", "latin.txt"), 2, "latin.txt is not UTF-8 text (byte 3)"),
+    (("generate", "ADAPTER", "Hello", "--seed", 99999999999), 2, "--seed"),
+    (("generate", "ADAPTER", "Hello", "--device", "meta"), 2, "--device meta cannot be used here"),
     (("generate", "ADAPTER", "Hello", "--max-new-tokens", 5000), 2, "shorten one of them"),
     (("generate", "ADAPTER", "Hello", "--output", "file"), 2, "exists"),
     (("generate", "ADAPTER", "Hello", "--top-p", 3), 2, "--top-p"),
