@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.cli.errors import CommandError, one_line
-from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, load_tokenizer
+from fastpeft.cli.models import base_of, cannot_use, check_task, load_adapter, load_base, load_tokenizer
 from fastpeft.cli.requests import Request, check_lengths, cut_batches, parse_adapters, read_requests
 from fastpeft.cli.results import Results, record_of
 from fastpeft.cli.train_options import MAX_SEED
@@ -99,13 +99,14 @@ def longest_text(base: str) -> int | None:
 
 def load_adapters(base_model: Any, adapters: dict[str, str]) -> Any:
     """The base with all adapters on it (a PeftModel), in evaluation mode."""
+    advice = "leave it to a call without --prompts if its tokenizer has more tokens than the base"
     (first, folder), *others = adapters.items()
-    model = load_adapter(base_model, folder, first)
+    model = load_adapter(base_model, folder, first, advice)
     for name, folder in others:
         try:
             model.load_adapter(folder, name)
         except Exception as error:
-            raise CommandError(f"the adapter in {folder} cannot be used: {one_line(error)}", code=1) from error
+            raise cannot_use(folder, error, advice) from error
     return model.eval()
 
 

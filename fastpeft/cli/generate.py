@@ -128,12 +128,12 @@ def generate(
         raise CommandError("no prompt: give one in quotes, or a file with --prompts-file")
     if output and output.exists():
         raise CommandError(f"{output} exists: give another file with --output")
-    from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, load_tokenizer
+    from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, make_room, tokenizer_of
 
     check_task(adapter)
     where = base_of(adapter, base)
-    tokenizer = load_tokenizer(where)
-    model = load_adapter(load_base(where, dtype, device), adapter)
+    tokenizer = tokenizer_of(adapter, where)
+    model = load_adapter(make_room(load_base(where, dtype, device), tokenizer), adapter)
     rows, streams = [], stream is not False
     if seed is not None:
         from transformers import set_seed

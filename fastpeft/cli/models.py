@@ -56,6 +56,19 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def tokenizer_of(adapter: str, base: str) -> Any:
+    """The tokenizer that was saved with the adapter, which may have tokens of its own; else the base's."""
+    folder = Path(adapter).expanduser()
+    return load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
+
+
+def make_room(base_model: Any, tokenizer: Any) -> Any:
+    """The base with embeddings for every token of an adapter's tokenizer, as AutoPeftModelForCausalLM makes them."""
+    if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
+        base_model.resize_token_embeddings(len(tokenizer))
+    return base_model
+
+
 def load_base(base: str, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> Any:
     """The causal language model, in evaluation mode, on its device.
 
@@ -162,12 +175,23 @@ def base_of(adapter: str, base: str | None) -> str:
         raise CommandError(f"{adapter} names the base {named!r}, which is not here: name it with --base") from error
 
 
-def load_adapter(base_model: Any, adapter: str, name: str = "default") -> Any:
-    """The base with the adapter on it under a name (a PeftModel)."""
+def load_adapter(
+    base_model: Any,
+    adapter: str,
+    name: str = "default",
+    advice: str = "copy the tokenizer it was trained with beside it if that has more tokens than the base",
+) -> Any:
+    """The base with the adapter on it under a name (a PeftModel). For advice see `cannot_use`."""
     from fastpeft import PeftModel
 
     adapter_config(adapter)
     try:
         return PeftModel.from_pretrained(base_model, adapter, adapter_name=name)
     except Exception as error:
-        raise CommandError(f"the adapter in {adapter} cannot be used: {one_line(error)}", code=1) from error
+        raise cannot_use(adapter, error, advice) from error
+
+
+def cannot_use(adapter: str, error: Exception, advice: str) -> CommandError:
+    """An adapter that does not go onto the base; advice takes the place of an argument that no command has."""
+    text = one_line(error, 600).replace("pass ignore_mismatched_sizes=True", advice)
+    return CommandError(f"the adapter in {adapter} cannot be used: {text}", code=1)

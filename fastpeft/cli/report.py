@@ -145,6 +145,7 @@ def fit(adapter: str, base: str) -> tuple[list[str], list[str]]:
     except Exception as error:
         raise CommandError(f"the config in {adapter} cannot be used: {one_line(error)}", code=1) from error
     model = empty_base(base, adapter_config(adapter).get("task_type"))
+    notes = make_room_for(adapter, model)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     new = new_parts(model)
     try:
@@ -164,7 +165,6 @@ def fit(adapter: str, base: str) -> tuple[list[str], list[str]]:
         if plain in own:
             expected[name] = own[plain]
     heads = {name for name in found.keys() & expected.keys() if name.removeprefix(PREFIX).partition(".")[0] in new}
-    notes = []
     for name in sorted(heads):
         if found[name][1:] == expected[name][1:]:  # the rows of a fresh head are but the default number of labels
             expected[name] = found[name]
@@ -179,6 +179,23 @@ def fit(adapter: str, base: str) -> tuple[list[str], list[str]]:
         f"{name}: a layer of the base that the adapter has no weights for" for name in expected if name not in found
     ]
     return [reason.replace(PREFIX, "") for reason in reasons], [note.replace(PREFIX, "") for note in notes]
+
+
+def make_room_for(adapter: str, model: Any) -> list[str]:
+    """Embeddings for the tokens of the adapter's tokenizer, as generate and merge make them; says so."""
+    import torch
+
+    from fastpeft.cli.models import tokenizer_of
+
+    folder, embedding = Path(adapter).expanduser(), model.get_input_embeddings()
+    if not (folder / "tokenizer_config.json").is_file() or embedding is None:
+        return []
+    rows, tokens = len(embedding.weight), len(tokenizer_of(adapter, str(folder)))
+    if tokens <= rows:
+        return []
+    with torch.device("meta"):
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    return [f"its tokenizer has {tokens} tokens: the base's embeddings grow to these, from {rows}"]
 
 
 def new_parts(model: Any) -> set[str]:

@@ -1,9 +1,11 @@
 """Adapters other than the one that fastpeft train just wrote: half saved, of another task, with more tokens."""
 
 import json
+import shutil
 
 import pytest
-from transformers import AutoConfig, AutoModelForSequenceClassification
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import fastpeft
 from fastpeft import LoraConfig, get_peft_model
@@ -93,3 +95,51 @@ def test_a_head_that_the_adapter_brings_says_nothing_of_the_fit(cli, classifier,
     report = json.loads(cli("inspect", classifier, "--base", tmp_path / "narrow", "--json").out)
     assert "score.weight: the adapter has (3, 192), the base needs (2, 96)" in report["misfits"]
     assert report["notes"] == []
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory):
+    """An adapter that was trained with two tokens more than the base has, and its tokenizer; and its own logits."""
+    folder = tmp_path_factory.mktemp("wordy")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="they were resized"):
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ids = tokenizer("One <two> day", return_tensors="pt")["input_ids"]
+    assert len(tokenizer) - 1 in ids
+    with torch.no_grad():
+        return folder, ids, model.eval()(input_ids=ids).logits
+
+
+def test_an_adapter_with_tokens_of_its_own(cli, wordy, tmp_path):
+    folder, ids, logits = wordy
+    answer = cli("generate", folder, "One <two> day", "-n", 1, "--dtype", "fp32", "--temperature", 0)
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("One <two> day")
+    answer = cli("merge", folder, tmp_path / "merged", "--dtype", "fp32")
+    assert answer.code == 0, answer.err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("One <two> day")["input_ids"] == ids[0].tolist()
+    answer = cli("inspect", folder, "--base", BASE)
+    assert answer.code == 0, answer.err
+    assert "note: its tokenizer has 3074 tokens: the base's embeddings grow to these, from 3072" in answer.out
+
+
+def test_what_to_do_where_the_tokens_are_not_known(cli, wordy, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "One day"}\n')
+    answer = cli("generate", "--adapter", f"a={wordy[0]}", "--prompts", tmp_path / "p.jsonl")
+    assert answer.code == 1
+    assert "or leave it to a call without --prompts" in answer.err
+    alone = tmp_path / "alone"
+    shutil.copytree(wordy[0], alone, ignore=shutil.ignore_patterns("tokenizer*"))
+    for command in (("generate", alone, "One day"), ("merge", alone, tmp_path / "merged")):
+        answer = cli(*command)
+        assert answer.code == 1
+        assert "or copy the tokenizer it was trained with beside it" in answer.err
+        assert len(answer.err.splitlines()) == 1
