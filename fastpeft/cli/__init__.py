@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.code
     except (KeyboardInterrupt, typer.Abort):
         resumable = command == "train" or (_given(arguments, "--prompts") and _given(arguments, "--output", "-o"))
-        complain(name, "stopped" + ("; the same command with --resume goes on" if resumable else ""))
+        begun = " if a first step was done" if command == "train" else ""  # before it nothing is on disk
+        complain(name, "stopped" + (f"; the same command with --resume goes on{begun}" if resumable else ""))
         return INTERRUPTED
     except Exception as error:
         reraise_if_debugging(error)

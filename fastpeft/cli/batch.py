@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.cli.errors import CommandError, one_line
-from fastpeft.cli.models import adapter_config, base_of, load_adapter, load_base, load_tokenizer
+from fastpeft.cli.models import base_of, cannot_use, check_task, load_adapter, load_base, load_tokenizer
 from fastpeft.cli.requests import Request, check_lengths, cut_batches, parse_adapters, read_requests
 from fastpeft.cli.results import Results, record_of
+from fastpeft.cli.train_options import MAX_SEED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ def generate_batch(settings: BatchSettings) -> None:
             if settings.seed is not None:
                 from transformers import set_seed
 
-                set_seed(settings.seed + number)
+                set_seed((settings.seed + number) % (MAX_SEED + 1))
             rows = [requests[place] for place in batch]
             texts, count = complete_rows(model, tokenizer, rows, [tokens[place] for place in batch])
             done = zip(batch, rows, texts, strict=True)
@@ -70,10 +71,10 @@ def common_base(adapters: dict[str, str], base: str | None) -> str:
     """The base to use: what was asked for, else the one that all adapters name.
 
     Raises:
-        CommandError: they name different ones, or one that is not here.
+        CommandError: they name different ones, or one that is not here, or are of another task.
     """
     for folder in adapters.values():
-        adapter_config(folder)
+        check_task(folder)
     found = {name: base_of(folder, base) for name, folder in adapters.items()}
     (first, where), *others = found.items()
     for name, its in others:
@@ -98,13 +99,14 @@ def longest_text(base: str) -> int | None:
 
 def load_adapters(base_model: Any, adapters: dict[str, str]) -> Any:
     """The base with all adapters on it (a PeftModel), in evaluation mode."""
+    advice = "leave it to a call without --prompts if its tokenizer has more tokens than the base"
     (first, folder), *others = adapters.items()
-    model = load_adapter(base_model, folder, first)
+    model = load_adapter(base_model, folder, first, advice)
     for name, folder in others:
         try:
             model.load_adapter(folder, name)
         except Exception as error:
-            raise CommandError(f"the adapter in {folder} cannot be used: {one_line(error)}", code=1) from error
+            raise cannot_use(folder, error, advice) from error
     return model.eval()
 
 

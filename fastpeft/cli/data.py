@@ -69,7 +69,7 @@ def _read_text(path: Path) -> list[Document]:
 def _read_json_lines(path: Path, field: str) -> list[Document]:
     documents = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other separators
     except UnicodeDecodeError as error:
         raise CommandError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
     for number, line in enumerate(lines, start=1):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fastpeft.cli.errors import CommandError
-from fastpeft.cli.train_options import Precision
+from fastpeft.cli.train_options import MAX_SEED, Precision
 
 SAMPLING, BATCH = "Sampling", "Many adapters"
 LINES = 16  # of --prompts at a time
@@ -48,7 +48,9 @@ def generate(
         float, typer.Option(min=0.01, help="Above 1: avoid what was said.", rich_help_panel=SAMPLING)
     ] = 1.0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Texts a prompt.", rich_help_panel=SAMPLING)] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same text.", rich_help_panel=SAMPLING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Same seed, same text.", rich_help_panel=SAMPLING)
+    ] = None,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Print words as they come; the default.")
     ] = None,
@@ -126,11 +128,12 @@ def generate(
         raise CommandError("no prompt: give one in quotes, or a file with --prompts-file")
     if output and output.exists():
         raise CommandError(f"{output} exists: give another file with --output")
-    from fastpeft.cli.models import base_of, load_adapter, load_base, load_tokenizer
+    from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, make_room, tokenizer_of
 
+    check_task(adapter)
     where = base_of(adapter, base)
-    tokenizer = load_tokenizer(where)
-    model = load_adapter(load_base(where, dtype, device), adapter)
+    tokenizer = tokenizer_of(adapter, where)
+    model = load_adapter(make_room(load_base(where, dtype, device), tokenizer), adapter)
     rows, streams = [], stream is not False
     if seed is not None:
         from transformers import set_seed
@@ -179,17 +182,24 @@ def read_prompts(file: Path) -> list[str]:
     """One prompt a line; in a .jsonl file under "prompt"."""
     if not file.is_file():
         raise CommandError(f"no prompts file at {file}: give a .txt file with one prompt a line, or a .jsonl file")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a prompt may hold other separators
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from error
+    lines = {number: line for number, line in enumerate(text, start=1) if line.strip()}
     if not lines:
         raise CommandError(f"{file} holds no prompt: write one a line")
     if file.suffix != ".jsonl":
-        return lines
+        return [*lines.values()]
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines.items():
         try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CommandError(f'{file}, line {number}: expected a JSON object with "prompt"') from error
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise CommandError(f'{file}, line {number}: expected a JSON object with "prompt", a text')
+        prompts.append(prompt)
     return prompts
 
 

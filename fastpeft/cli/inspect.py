@@ -28,7 +28,7 @@ def inspect(
       fastpeft inspect my-adapter --layers --json
     """
     from fastpeft.cli.models import resolve_base
-    from fastpeft.cli.report import describe, group, misfits
+    from fastpeft.cli.report import describe, fit, group
 
     if base:
         base = resolve_base(base)
@@ -37,7 +37,7 @@ def inspect(
         report["layers"] = group(report["layers"])
     if base:
         report["base"] = base
-        report["misfits"] = misfits(adapter, base)
+        report["misfits"], report["notes"] = fit(adapter, base)
     if as_json:
         import json
 
@@ -76,6 +76,8 @@ def show(report: dict[str, Any]) -> None:
     console.print(table)
     for line in report["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {line}", highlight=False)
+    for line in report.get("notes", ()):
+        console.print(f"note: {line}", highlight=False, markup=False)
     if "misfits" in report:
         if not report["misfits"]:
             console.print(f"[green]fits[/green] {report['base']}", highlight=False)

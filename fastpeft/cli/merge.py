@@ -35,11 +35,12 @@ def merge(
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", shard_size, re.IGNORECASE):
         raise CommandError(f"--shard-size takes a number with KB, MB, GB or TB, such as 5GB; got {shard_size!r}")
     from fastpeft.cli.console import make_console
-    from fastpeft.cli.models import base_of, load_adapter, load_base, load_tokenizer
+    from fastpeft.cli.models import base_of, check_task, load_adapter, load_base, make_room, tokenizer_of
 
+    check_task(adapter)
     where = base_of(adapter, base)
-    tokenizer = load_tokenizer(where)
-    model = load_adapter(load_base(where, dtype, device), adapter)
+    tokenizer = tokenizer_of(adapter, where)
+    model = load_adapter(make_room(load_base(where, dtype, device), tokenizer), adapter)
     try:
         merged = model.merge_and_unload(safe_merge=safe)
     except ValueError as error:

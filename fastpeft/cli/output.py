@@ -1,6 +1,7 @@
 """The output folder of a training run: what it may hold, what a later run finds there."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ def check_output(settings: TrainSettings) -> Path | None:
     folder = settings.output
     if folder.is_file():
         raise CommandError(f"{folder} is a file: give another --output folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written to" if there.is_dir() else "is a file"
+        raise CommandError(f"{folder} cannot be made, for {there} {why}: give another --output folder")
     if settings.resume and settings.overwrite:
         raise CommandError("--resume and --overwrite contradict each other: give one of them")
     ran = (folder / RECORD).exists()
@@ -39,6 +44,7 @@ def check_output(settings: TrainSettings) -> Path | None:
 
 def open_output(settings: TrainSettings) -> None:
     """Make the folder and write the record; with --overwrite, first remove what an earlier run wrote, and only that."""
+    check_output(settings)  # again: another run may have begun there meanwhile
     settings.output.mkdir(parents=True, exist_ok=True)
     if settings.overwrite:
         for name in OURS:

@@ -1,6 +1,7 @@
 """A training run on the terminal: a bar with loss, tokens a second and the time left; without a terminal, lines."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,18 @@ class LogLastStep(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
+
+
+class AfterFirstStep(TrainerCallback):
+    """Does something once, when a step was done: what fails at all mostly fails before that. No checkpoint is yet."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action: Callable[[], None] | None = action
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.action is not None:
+            self.action()
+            self.action = None
 
 
 class Progress(TrainerCallback):

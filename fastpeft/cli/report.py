@@ -26,8 +26,10 @@ def describe(adapter: str) -> dict[str, Any]:
     Raises:
         CommandError: no adapter there, or weights that cannot be read; a NaN among them is such a reason.
     """
+    from fastpeft.adapter_files import find_weights
+
     config = adapter_config(adapter)
-    weights = read_weights(adapter)
+    weights, file = read_weights(adapter), find_weights(Path(adapter).expanduser())
     rows = low_rank_rows(weights, config)
     rows += [plain_row(name, value) for name, value in weights.items() if not HALVES.match(name)]
     options = {key: config[key] for key in ("target_modules", *QUIET) if config.get(key)}
@@ -45,7 +47,7 @@ def describe(adapter: str) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in weights.values()),
         "tensors": len(weights),
         "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})),
-        "bytes": sum(f.stat().st_size for f in Path(adapter).expanduser().glob("adapter_model.*")),
+        "bytes": 0 if file is None else file.stat().st_size,
         "options": options,
         "layers": rows,
         "warnings": warnings,
@@ -127,8 +129,12 @@ def group(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def misfits(adapter: str, base: str) -> list[str]:
-    """Why the adapter does not go onto the base, one reason a line; empty when it fits. No weights are loaded."""
+def fit(adapter: str, base: str) -> tuple[list[str], list[str]]:
+    """Whether the adapter goes onto the base. No weights are loaded.
+
+    Returns:
+        Why it does not, one reason a line, empty when it fits; and notes on what says nothing of that.
+    """
     import torch
 
     from fastpeft import PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -139,7 +145,9 @@ def misfits(adapter: str, base: str) -> list[str]:
     except Exception as error:
         raise CommandError(f"the config in {adapter} cannot be used: {one_line(error)}", code=1) from error
     model = empty_base(base, adapter_config(adapter).get("task_type"))
+    notes = make_room_for(adapter, model)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    new = new_parts(model)
     try:
         with (
             torch.device("meta"),
@@ -150,12 +158,17 @@ def misfits(adapter: str, base: str) -> list[str]:
     except NotImplementedError as error:
         raise CommandError(f"cannot tell whether {adapter} fits: {one_line(error)}", code=1) from error
     except Exception as error:
-        return [one_line(error)]
+        return [one_line(error)], []
     found = {name: tuple(value.shape) for name, value in weights.items()}
     for name in found.keys() - expected.keys():  # embeddings saved whole stand under their own name in the base
         plain = name.removeprefix(PREFIX)
         if plain in own:
             expected[name] = own[plain]
+    heads = {name for name in found.keys() & expected.keys() if name.removeprefix(PREFIX).partition(".")[0] in new}
+    for name in sorted(heads):
+        if found[name][1:] == expected[name][1:]:  # the rows of a fresh head are but the default number of labels
+            expected[name] = found[name]
+            notes.append(f"{name} {found[name]}: the adapter brings this head itself, the base has none to compare")
     reasons = [
         f"{name}: the adapter has {found[name]}, the base needs {shape}"
         for name, shape in expected.items()
@@ -165,7 +178,32 @@ def misfits(adapter: str, base: str) -> list[str]:
     reasons += [
         f"{name}: a layer of the base that the adapter has no weights for" for name in expected if name not in found
     ]
-    return [reason.replace(PREFIX, "") for reason in reasons]
+    return [reason.replace(PREFIX, "") for reason in reasons], [note.replace(PREFIX, "") for note in notes]
+
+
+def make_room_for(adapter: str, model: Any) -> list[str]:
+    """Embeddings for the tokens of the adapter's tokenizer, as generate and merge make them; says so."""
+    import torch
+
+    from fastpeft.cli.models import tokenizer_of
+
+    folder, embedding = Path(adapter).expanduser(), model.get_input_embeddings()
+    if not (folder / "tokenizer_config.json").is_file() or embedding is None:
+        return []
+    rows, tokens = len(embedding.weight), len(tokenizer_of(adapter, str(folder)))
+    if tokens <= rows:
+        return []
+    with torch.device("meta"):
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    return [f"its tokenizer has {tokens} tokens: the base's embeddings grow to these, from {rows}"]
+
+
+def new_parts(model: Any) -> set[str]:
+    """The parts of a task's model that a base saved for another task does not have: its head."""
+    if type(model).__name__ in (model.config.architectures or ()):
+        return set()
+    known = (model.base_model, model.get_output_embeddings())  # the rows of a head for words are the vocabulary
+    return {name for name, part in model.named_children() if all(part is not other for other in known)}
 
 
 def empty_base(base: str, task: str | None) -> Any:

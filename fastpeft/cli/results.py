@@ -206,8 +206,10 @@ def _base_files(folder: Path) -> list[Any]:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-    return [folder.expanduser() / name for name in names if (folder.expanduser() / name).exists()]
+    from fastpeft.adapter_files import find_config, find_weights
+
+    files = find_config(folder.expanduser()), find_weights(folder.expanduser())
+    return [file for file in files if file is not None]
 
 
 def _sha256(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,14 @@ class TrainSettings:
     overwrite: bool = False
 
     def check(self) -> None:
-        """Refuse options that would do nothing here.
+        """Refuse options that would do nothing here, or nothing but harm.
 
         Raises:
             CommandError: names the option and what it needs.
         """
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):  # which the options' limits let through
+                raise CommandError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
         if not self.eval_data and self.eval_fraction == 0 and (self.load_best or self.eval_steps):
             name = "--load-best" if self.load_best else "--eval-steps"
             raise CommandError(f"{name} needs something to measure on: give --eval-data, or an --eval-fraction above 0")

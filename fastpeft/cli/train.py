@@ -110,16 +110,19 @@ def names(text: str | None) -> list[str] | str | None:
 
 
 def numbers(text: str | None) -> list[int] | None:
-    """ "0-3,8" -> [0, 1, 2, 3, 8]."""
+    """ "0-3,8" -> [0, 1, 2, 3, 8], each once."""
     if text is None:
         return None
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise CommandError(f"--layers takes numbers and ranges such as 0-3,8; got {text!r}")
-        found += range(int(first), int(last or first) + 1)
-    return found
+        layers = range(int(first), int(last or first) + 1)
+        if not layers:  # none at all would mean every layer
+            raise CommandError(f"a range of --layers must ascend, as {last}-{first}; got {part.strip()}")
+        found += layers
+    return list(dict.fromkeys(found))
 
 
 def pattern(name: str, text: str | None) -> dict[str, int]:

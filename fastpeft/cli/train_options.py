@@ -7,6 +7,8 @@ import typer
 
 DATA, LORA, RUN, FILES = "Data", "LoRA", "Training", "Checkpoints and results"
 
+MAX_SEED = 2**32 - 1  # NumPy's
+
 
 def option(text: str, panel: str, *names: str, **limits: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
@@ -67,7 +69,7 @@ Dtype = Annotated[Precision, option("Precision of the frozen base; the adapter t
 Autocast = Annotated[Literal["none", "bf16", "fp16"], option("Mixed precision.", RUN)]
 Device = Annotated[str, option("auto, cpu, cuda, cuda:1 ...", RUN)]
 GradientCheckpointing = Annotated[bool, option("Less memory, more time.", RUN, "--gradient-checkpointing")]
-Seed = Annotated[int, option("Seed of weights, order and dropout.", RUN, min=0)]
+Seed = Annotated[int, option("Seed of weights, order and dropout.", RUN, min=0, max=MAX_SEED)]
 Output = Annotated[Path, option("Folder for the adapter and everything about the run.", FILES, "--output", "-o")]
 LogSteps = Annotated[int, option("Steps between two losses.", FILES, min=1)]
 EvalSteps = Annotated[int, option("Steps between two evaluations; 0: once an epoch.", FILES, min=0)]

@@ -42,9 +42,11 @@ def train(settings: TrainSettings, show: "Console | None" = None) -> TrainResult
         show: a rich Console for progress; None is silent.
 
     Raises:
-        CommandError: an argument or a file that cannot be used (nothing is written or removed before all of them are
-            checked), a device that is out of memory, or a training that diverged.
+        CommandError: an argument or a file that cannot be used, a device that is out of memory, or a training that
+            diverged. Nothing is written or removed before a first step was done.
     """
+    from fastpeft.cli.progress import AfterFirstStep
+
     settings.base = resolve_base(settings.base)
     settings.check()
     checkpoint = check_output(settings)
@@ -57,7 +59,7 @@ def train(settings: TrainSettings, show: "Console | None" = None) -> TrainResult
     model = make_model(settings)
     check_length(model, max(len(row["input_ids"]) for row in blocks + eval_blocks))
     trainer = make_trainer(settings, model, tokenizer, blocks, eval_blocks, show)
-    open_output(settings)
+    trainer.add_callback(AfterFirstStep(lambda: open_output(settings)))
     seconds = run_trainer(trainer, checkpoint, planned_steps(settings, len(blocks)))
     check_finite(model, settings)
     model.save_pretrained(settings.output)
@@ -147,7 +149,7 @@ def make_trainer(
 
     try:
         arguments = TrainingArguments(
-            output_dir=str(settings.output / "checkpoints"),
+            output_dir=".",  # Trainer makes this folder at once
             use_cpu=model.device.type == "cpu",
             remove_unused_columns=False,
             report_to="none",
@@ -165,6 +167,14 @@ def make_trainer(
         )
     except (ValueError, ImportError) as error:
         raise CommandError(f"these training options do not fit together: {one_line(error)}") from error
+    arguments.output_dir = str(settings.output / "checkpoints")
+    try:
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these make it of the wrapped model
+            trainer.create_optimizer()
+    except Exception as error:  # whatever a package that is not there or does not fit raises
+        raise CommandError(
+            f"--optimizer {settings.optimizer} cannot be used here: {one_line(error)}; adamw_torch always can"
+        ) from error
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogLastStep())
     if show is not None:

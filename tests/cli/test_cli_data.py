@@ -6,6 +6,7 @@ import pytest
 
 from fastpeft.cli.data import IGNORED, Document, PadRight, hold_out, make_blocks, read_documents
 from fastpeft.cli.errors import CommandError
+from fastpeft.cli.generate import read_prompts
 
 
 class Words:
@@ -60,6 +61,28 @@ def test_text_files_are_cut_at_form_feeds(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one\n\f\n\f\ntwo\n")
     assert [d.text for d in read_documents(file)] == ["one", "two"]
+
+
+SEPARATED = "a\u2028b\u2029c\u0085d"  # to str.splitlines these end lines, but not to JSON
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    rows = [{"prompt": SEPARATED, "completion": SEPARATED}, {"prompt": "e", "completion": "f"}]
+    file.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert read_documents(file) == [Document(SEPARATED, prompt=SEPARATED), Document("f", prompt="e")]
+    assert read_prompts(file) == [SEPARATED, "e"]
+    text = tmp_path / "a.txt"
+    text.write_bytes(f"{SEPARATED}\x0bz\r\n\ne\n".encode())
+    assert read_prompts(text) == [f"{SEPARATED}\x0bz", "e"]
+    assert read_documents(text) == [Document(f"{SEPARATED}\x0bz\n\ne")]
+
+
+def test_a_bad_line_of_prompts_has_its_number_in_the_file(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('\n{"prompt": "one"}\n\nno\n')
+    with pytest.raises(CommandError, match="line 4"):
+        read_prompts(file)
 
 
 @pytest.mark.parametrize(

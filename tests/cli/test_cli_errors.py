@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from fastpeft.cli import app, main
+from fastpeft.cli.errors import CommandError
+from fastpeft.cli.train import numbers
 from fastpeft.demo import BASE
 
 OPTIONS = ("--max-steps", 1, "--batch-size", 1, "--block-size", 16)
@@ -21,6 +23,8 @@ def place(tmp_path_factory, adapter):
     (root / "long.txt").write_text("Some words to learn. " * 1000)
     (root / "empty.txt").write_text("")
     (root / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (root / "number.jsonl").write_text('{"prompt": "One day"}\n{"prompt": 5}\n')
+    (root / "latin.txt").write_bytes("café".encode("latin-1"))
     (root / "good.csv").write_text("a,b\n")
     (root / "file").write_text("x")
     (root / "folder").mkdir()
@@ -61,6 +65,7 @@ WRONG = [
     (training(more=("--speed", 9)), 2, "No such option"),
     (training(more=("--bias", "some")), 2, "--bias"),
     (training(more=("--layers", "a-b")), 2, "0-3,8"),
+    (training(more=("--layers", "3-1", "--target-modules", "q_proj")), 2, "must ascend, as 1-3"),
     (training(more=("--layers", 99)), 2, "give --target-modules too"),
     (training(more=("--layers", 99, "--target-modules", "q_proj")), 2, "these LoRA options do not fit"),
     (training(more=("--epochs", 0, "--max-steps", 0)), 2, "--max-steps"),
@@ -70,7 +75,13 @@ WRONG = [
     (training(more=("--target-modules", "q_prj")), 2, "q_prj"),
     (training(more=("--target-modules", "re:((")), 2, "no regular expression"),
     (training(more=("--optimizer", "magic")), 2, "magic"),
+    (training(more=("--optimizer", "adamw_anyprecision")), 2, "--optimizer adamw_anyprecision cannot be used here"),
     (training(more=("--device", "abacus")), 2, "no device is called 'abacus'"),
+    *((training(more=("--device", d)), 2, f"--device {d} cannot be used here") for d in ("mps:9", "meta", "xpu:9")),
+    (training(more=("--epochs", "inf")), 2, "--epochs must be a finite number"),
+    (training(more=("--learning-rate", "inf")), 2, "--learning-rate must be a finite number"),
+    (training(more=("--weight-decay", "inf")), 2, "--weight-decay must be a finite number"),
+    (training(more=("--seed", 99999999999)), 2, "--seed"),
     (training(more=("--revision", "main")), 2, "goes with a hub id"),
     (training(more=("--load-best", "--eval-fraction", 0)), 2, "--load-best needs something"),
     (training(more=("--eval-steps", 3, "--eval-fraction", 0)), 2, "--eval-steps needs something"),
@@ -91,6 +102,7 @@ WRONG = [
     (training(data="folder"), 2, "no .txt and no .jsonl"),
     (training(output="full"), 2, "not empty"),
     (training(output="file"), 2, "is a file"),
+    (training(output="file/below"), 2, "cannot be made, for"),
     (("generate", "missing", "Hello"), 2, "no adapter folder"),
     (("generate", "folder", "Hello"), 2, "no adapter_config.json"),
     (("generate", "BASE", "Hello"), 2, "a whole model, not an adapter"),
@@ -103,6 +115,10 @@ WRONG = [
     (("generate", "ADAPTER", "--prompts-file", "missing"), 2, "no prompts file"),
     (("generate", "ADAPTER", "--prompts-file", "empty.txt"), 2, "holds no prompt"),
     (("generate", "ADAPTER", "--prompts-file", "bad.jsonl"), 2, "line 1"),
+    (("generate", "ADAPTER", "--prompts-file", "number.jsonl"), 2, "number.jsonl, line 2: expected"),
+    (("generate", "ADAPTER", "--prompts-file", "latin.txt"), 2, "latin.txt is not UTF-8 text (byte 3)"),
+    (("generate", "ADAPTER", "Hello", "--seed", 99999999999), 2, "--seed"),
+    (("generate", "ADAPTER", "Hello", "--device", "meta"), 2, "--device meta cannot be used here"),
     (("generate", "ADAPTER", "Hello", "--max-new-tokens", 5000), 2, "shorten one of them"),
     (("generate", "ADAPTER", "Hello", "--output", "file"), 2, "exists"),
     (("generate", "ADAPTER", "Hello", "--top-p", 3), 2, "--top-p"),
@@ -135,6 +151,17 @@ def test_one_line_and_no_traceback(command, code, words, cli, place, adapter, mo
     assert sorted(place.rglob("*")) == before, "a refused command left something behind"
 
 
+@pytest.mark.parametrize(("text", "layers"), [("1-1", [1]), ("0-2, 2,5", [0, 1, 2, 5]), ("1,1", [1])])
+def test_layers(text, layers):
+    assert numbers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1-", "1--2", "1-2-3", "1,", "²", "3-1"])
+def test_no_layers(text):
+    with pytest.raises(CommandError, match="--layers"):
+        numbers(text)
+
+
 @pytest.mark.parametrize("name", ["train", "generate", "merge", "inspect", "bench", "demo"])
 def test_help_shows_examples(name, cli):
     answer = cli(name, "--help")
@@ -165,7 +192,7 @@ def test_interrupt(cli, monkeypatch):
     monkeypatch.setattr("fastpeft.cli.training.train", stop)
     answer = cli("train", BASE, "--data", "x", "--output", "y")
     assert answer.code == 130
-    assert "--resume goes on" in answer.err
+    assert "--resume goes on if a first step was done" in answer.err
 
 
 def test_real_process(tmp_path):

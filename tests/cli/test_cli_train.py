@@ -176,7 +176,7 @@ def test_resume_refuses_other_settings(cli, documents, adapter, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in adapter.rglob("*")}
 
 
-def test_overwrite_replaces_a_run_and_nothing_else(cli, documents, tmp_path):
+def test_overwrite_replaces_a_run_and_nothing_else(cli, documents, tmp_path, monkeypatch):
     command = ("train", BASE, "--data", documents, "--output", tmp_path / "out", *QUICK)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -191,13 +191,42 @@ def test_overwrite_replaces_a_run_and_nothing_else(cli, documents, tmp_path):
     assert "--overwrite" in cli(*command).err
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    answer = cli(*command, "--overwrite", "--target-modules", "q_prj")  # refused: the earlier run must still be there
-    assert answer.code == 2
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for wrong in (("--target-modules", "q_prj"), ("--optimizer", "adamw_bnb_8bit")):
+        answer = cli(*command, "--overwrite", *wrong)  # refused: the earlier run must still be there
+        assert answer.code == 2
+        assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
 
     assert cli(*command, "--overwrite", "--seed", 1).code == 0
     assert (tmp_path / "out" / "training.json").read_text() != first
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_failure_in_the_first_step_leaves_no_folder(cli, documents, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fastpeft.cli.data.PadRight.__call__", fail)
+    answer = cli("train", BASE, "--data", documents, "--output", tmp_path / "out", *QUICK)
+    assert answer.code == 1
+    assert "lower --batch-size" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_began_there_meanwhile_is_not_overwritten(cli, documents, tmp_path, monkeypatch):
+    from fastpeft.cli import data
+
+    collate = data.PadRight.__call__
+
+    def begin(*arguments: object) -> object:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "training.json").write_text("theirs")
+        return collate(*arguments)
+
+    monkeypatch.setattr("fastpeft.cli.data.PadRight.__call__", begin)
+    answer = cli("train", BASE, "--data", documents, "--output", tmp_path / "out", *QUICK)
+    assert (answer.code, "is not empty" in answer.err) == (2, True)
+    assert (tmp_path / "out" / "training.json").read_text() == "theirs"
 
 
 def test_a_finished_run_can_go_further(cli, documents, tmp_path):
