@@ -13,16 +13,18 @@ second inputs and C operands are written and read as well: drop(x) and x - c dro
 of dx (6MK). gpu/dora.py has the sum.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastpeft_kernels import formulas
 from fastpeft_kernels import reference_dora as reference
 from fastpeft_kernels.dispatch import current_product, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
 from fastpeft_kernels.lora import autocast_operands, check_linear
+from fastpeft_kernels.twice import differentiable
 
 
 def dora_linear(
@@ -51,7 +53,7 @@ def dora_linear(
         dropout_p: probability to drop an element of x on its way to all but the frozen layer, 0 <= p < 1.
 
     Returns:
-        (..., N) in x's dtype, contiguous. Differentiable in x, bias, lora_A, lora_B and magnitude, once.
+        (..., N) in x's dtype, contiguous. Differentiable in x, bias, lora_A, lora_B and magnitude.
 
     Raises:
         ValueError: shapes or dtypes do not fit, W is to be trained, or p is outside [0, 1).
@@ -244,6 +246,6 @@ class _DoraLinear(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable(partial(_gradients, backward=formulas.dora_linear_backward))
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, dout, _run_linear_backward)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpeft_kernels import reference
+from fastpeft_kernels import formulas, reference
 from fastpeft_kernels.dispatch import use_triton
 from fastpeft_kernels.masks import KEEP_LEVELS, Draw, begin_draw, keep_level, mask_words
 from fastpeft_kernels.masks import draw_mask as draw_in_torch
+from fastpeft_kernels.twice import differentiable
 
 
 def check_probability(p: float) -> None:
@@ -127,6 +127,11 @@ def _traced_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
 _dropout.register_autograd(_traced_backward, setup_context=_setup)
 
 
+def _recorded_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+    (mask,) = ctx.saved_tensors
+    return formulas.dropout(dout, mask, ctx.scale), None, None
+
+
 class _Dropout(torch.autograd.Function):
     """The same op where nothing is compiled: an autograd.Function costs the host a fraction of a custom op."""
 
@@ -137,7 +142,7 @@ class _Dropout(torch.autograd.Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_recorded_backward)
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
         return _run_dropout(dout, mask, ctx.scale), None, None

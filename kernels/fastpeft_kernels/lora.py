@@ -9,18 +9,19 @@ the base product (4MN), dS and dB read dout (2MN), dA reads x (2MK), dx's low-ra
 MK/8 more). With our own product, which has no C operand: 4MK + 2MN.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpeft_kernels import reference
+from fastpeft_kernels import formulas, reference
 from fastpeft_kernels.checks import check_frozen_linear
 from fastpeft_kernels.dispatch import check_torch_product, current_product, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, dropout_scale, fresh_mask
 from fastpeft_kernels.low_rank import FEW_ROWS
 from fastpeft_kernels.masks import Draw, written
+from fastpeft_kernels.twice import differentiable
 
 
 def lora_linear(
@@ -41,7 +42,7 @@ def lora_linear(
         dropout_p: probability to drop an element of x on its way to lora_A, 0 <= p < 1.
 
     Returns:
-        (..., N) in x's dtype, contiguous. Differentiable in x, bias, lora_A and lora_B, once.
+        (..., N) in x's dtype, contiguous. Differentiable in x, bias, lora_A and lora_B.
 
     Raises:
         ValueError: shapes or dtypes do not fit, W is to be trained, or p is outside [0, 1).
@@ -75,7 +76,7 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
         dropout_p: probability to drop an element of x on its way to lora_A, 0 <= p < 1.
 
     Returns:
-        (..., N) in out's dtype, contiguous. Differentiable in all four tensors, once.
+        (..., N) in out's dtype, contiguous. Differentiable in all four tensors.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or p is outside [0, 1).
@@ -247,7 +248,7 @@ class _LoraLinear(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable(partial(_linear_gradients, backward=formulas.lora_linear_backward))
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _linear_gradients(ctx, dout, _run_linear_backward)
 
@@ -341,6 +342,6 @@ class _LoraAdd(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable(partial(_add_gradients, backward=formulas.lora_add_backward))
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _add_gradients(ctx, dout, _run_add_backward)

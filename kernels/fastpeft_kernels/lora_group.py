@@ -12,16 +12,17 @@ autograd would add the dx of separate layers at 6MK. Counted in tests/kernels/te
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpeft_kernels import reference
+from fastpeft_kernels import formulas, reference
 from fastpeft_kernels.dispatch import current_product, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
 from fastpeft_kernels.lora import autocast_operands, check_linear, inferring_few
+from fastpeft_kernels.twice import differentiable
 
 
 class LoraOperands(NamedTuple):
@@ -44,7 +45,7 @@ def lora_group(x: Tensor, members: Sequence[LoraOperands]) -> tuple[Tensor, ...]
 
     Returns:
         One (..., N_i) a member, in x's dtype, contiguous. Differentiable in x and every member's bias, lora_A and
-        lora_B, once; an output that is not used costs nothing in backward.
+        lora_B; an output that is not used costs nothing in backward.
 
     Raises:
         ValueError: no members, the adapters differ in dtype, or a member does not fit x (as for `lora_linear`).
@@ -223,6 +224,31 @@ def _traced_backward(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
 _lora_group.register_autograd(_traced_backward, setup_context=_setup_traced)
 
 
+def _gradients(ctx: Any, *douts: Tensor | None, backward: Any) -> tuple[Any, ...]:
+    n, need_dx = len(ctx.scales), ctx.needs_input_grad[0]
+    need_biases, need_As, need_Bs = (ctx.needs_input_grad[i : i + n] for i in range(2 + n, 2 + 4 * n, n))
+    x, *operands, S = ctx.saved_tensors
+    used = [i for i, dout in enumerate(douts) if dout is not None]  # the others' gradients stay None
+    Ws, As, Bs, masks = ([operands[j + i] for i in used] for j in range(0, 4 * n, n))
+    if len(used) < n:
+        ranks = [A.shape[0] for A in operands[n : 2 * n]]
+        S = torch.cat([part for i, part in enumerate(S.split(ranks, dim=1)) if i in used], dim=1)
+    wanted: list[Tensor] = [dout for dout in douts if dout is not None]
+    scales = [ctx.scales[i] for i in used]
+    need_factors = any(need_As[i] or need_Bs[i] for i in used)
+    dx, grads = None, []  # type: Any, list[Tensor]
+    if need_dx or need_factors:
+        dx, *grads = backward(wanted, x, Ws, As, Bs, S, masks, scales, need_dx, need_factors)
+    dbiases, dAs, dBs = [None] * n, [None] * n, [None] * n  # type: list[Any], list[Any], list[Any]
+    for j, i in enumerate(used):
+        if need_factors:
+            dAs[i], dBs[i] = grads[j], grads[len(used) + j]
+        if need_biases[i]:
+            dbiases[i] = wanted[j].sum(0)
+    none = [None] * n
+    return dx if need_dx else None, None, *none, *dbiases, *dAs, *dBs, *none
+
+
 class _LoraGroup(torch.autograd.Function):
     """The same op where nothing is compiled: x, the scales, then n each of W, bias, A, B and mask."""
 
@@ -237,27 +263,6 @@ class _LoraGroup(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(partial(_gradients, backward=formulas.lora_group_backward))
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
-        n, need_dx = len(ctx.scales), ctx.needs_input_grad[0]
-        need_biases, need_As, need_Bs = (ctx.needs_input_grad[i : i + n] for i in range(2 + n, 2 + 4 * n, n))
-        x, *operands, S = ctx.saved_tensors
-        used = [i for i, dout in enumerate(douts) if dout is not None]  # the others' gradients stay None
-        Ws, As, Bs, masks = ([operands[j + i] for i in used] for j in range(0, 4 * n, n))
-        if len(used) < n:
-            ranks = [A.shape[0] for A in operands[n : 2 * n]]
-            S = torch.cat([part for i, part in enumerate(S.split(ranks, dim=1)) if i in used], dim=1)
-        wanted: list[Tensor] = [dout for dout in douts if dout is not None]
-        scales = [ctx.scales[i] for i in used]
-        need_factors = any(need_As[i] or need_Bs[i] for i in used)
-        dx, grads = None, []  # type: Any, list[Tensor]
-        if need_dx or need_factors:
-            dx, *grads = _run_group_backward(wanted, x, Ws, As, Bs, S, masks, scales, need_dx, need_factors)
-        dbiases, dAs, dBs = [None] * n, [None] * n, [None] * n  # type: list[Any], list[Any], list[Any]
-        for j, i in enumerate(used):
-            if need_factors:
-                dAs[i], dBs[i] = grads[j], grads[len(used) + j]
-            if need_biases[i]:
-                dbiases[i] = wanted[j].sum(0)
-        none = [None] * n
-        return dx if need_dx else None, None, *none, *dbiases, *dAs, *dBs, *none
+        return _gradients(ctx, *douts, backward=_run_group_backward)

@@ -64,7 +64,7 @@ def shrink_routed(
 
     Returns:
         (P, M, R) in the factors' dtype, R the largest r_j. Columns past a slot's rank and lines without an entry are
-        zeros. Differentiable in x and every factor, once; a slot without rows gets a gradient of zeros.
+        zeros. Differentiable in x and every factor; a slot without rows gets a gradient of zeros.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -95,7 +95,7 @@ def expand_routed(base: Tensor, S: Tensor, factors: Sequence[Tensor], rows: Tens
 
     Returns:
         (M, N) in base's dtype, contiguous; rows without an entry have the very bits of base. Differentiable in base, S
-        and every factor, once.
+        and every factor.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -137,7 +137,7 @@ def lora_routed(
         overwrite: base, contiguous, is the op's to change where no gradient is recorded: it saves a copy on a CPU.
 
     Returns:
-        (M, N) in base's dtype, contiguous. Differentiable in base, x and every factor, once.
+        (M, N) in base's dtype, contiguous. Differentiable in base, x and every factor.
     """
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
         S = shrink_routed(x, As, scales, rows, starts, weights, mask)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastpeft_kernels import formulas_routed
 from fastpeft_kernels import reference_routed as reference
 from fastpeft_kernels.dispatch import no_autocast, use_triton
 from fastpeft_kernels.routes import UNSAFE_TAGS, check_factors, check_routing, check_scales, joined, parted
+from fastpeft_kernels.twice import differentiable
 
 
 def gather_routed(
@@ -37,7 +38,7 @@ def gather_routed(
 
     Returns:
         (P, M, R) in the factors' dtype, R the largest r_j. Columns past a slot's rank and lines without an entry are
-        zeros. Differentiable in every factor, once.
+        zeros. Differentiable in every factor.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -78,7 +79,7 @@ def scale_routed(
 
     Returns:
         (M, C) in y's dtype, contiguous, computed in fp32 or wider and rounded once; rows without an entry whose slot
-        has a vector have the very bits of y. Differentiable in y and every vector, once.
+        has a vector have the very bits of y. Differentiable in y and every vector.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or bias wants a gradient.
@@ -222,7 +223,7 @@ class _GatherRouted(torch.autograd.Function):
         return _run_gather(ids, factors, scales, rows, starts, weights)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(formulas_routed.gather_gradients)
     def backward(ctx: Any, dS: Tensor) -> tuple[Any, ...]:
         ids, rows, starts, weights, *factors = ctx.saved_tensors
         grads = _run_gather_backward(dS, ids, factors, ctx.scales, rows, starts, weights)
@@ -345,7 +346,7 @@ class _ScaleRouted(torch.autograd.Function):
         return _run_scale(y, vectors, rows, starts, weights, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(formulas_routed.scale_gradients)
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         y, rows, starts, weights, bias, *vectors = ctx.saved_tensors
         dy, grads = _run_scale_backward(dout, y, vectors, rows, starts, weights, bias)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastpeft_kernels import formulas_routed
 from fastpeft_kernels import reference_routed as reference
 from fastpeft_kernels.dispatch import no_autocast, use_triton
 from fastpeft_kernels.routed_pairs import pairs_for
 from fastpeft_kernels.routes import UNSAFE_TAGS, joined, parted
+from fastpeft_kernels.twice import differentiable
 
 # shrink_routed.
 
@@ -129,7 +130,7 @@ class ShrinkRouted(torch.autograd.Function):
         return run_shrink(x, factors, scales, rows, starts, weights, mask)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(formulas_routed.shrink_gradients)
     def backward(ctx: Any, dS: Tensor) -> tuple[Any, ...]:
         x, rows, starts, weights, mask, *factors = ctx.saved_tensors
         need_dx = ctx.needs_input_grad[0]
@@ -206,7 +207,7 @@ class ExpandRouted(torch.autograd.Function):
         return run_expand(base, S, factors, rows, starts)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(formulas_routed.expand_gradients)
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         S, rows, starts, *factors = ctx.saved_tensors
         dS, grads = run_expand_backward(dout, S, factors, rows, starts)
@@ -246,7 +247,7 @@ class LoraRouted(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable(formulas_routed.lora_gradients)
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         x, rows, starts, weights, mask, *rest = ctx.saved_tensors
         scales, need_dx = ctx.scales, ctx.needs_input_grad[1]

@@ -9,15 +9,17 @@ writes dx (6MN), or 4MN where only one of dx and dscale is asked for. `scale_lin
 frozen linear's own two products. dscale is summed in fp32 planes of rows without atomics: the same bits on every run.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastpeft_kernels import formulas
 from fastpeft_kernels import reference_scale as reference
 from fastpeft_kernels.checks import check_frozen_linear
 from fastpeft_kernels.dispatch import no_autocast, use_triton
+from fastpeft_kernels.twice import differentiable
 
 
 def scale_columns(x: Tensor, scale: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def scale_columns(x: Tensor, scale: Tensor) -> Tensor:
         scale: (N,), (1, N) or (N, 1), any such dtype, not necessarily x's. A parameter need not be reshaped first.
 
     Returns:
-        (..., N) in x's dtype, contiguous. Differentiable in both, once.
+        (..., N) in x's dtype, contiguous. Differentiable in both.
 
     Raises:
         ValueError: scale does not have one entry per column of x.
@@ -57,7 +59,7 @@ def scale_linear(x: Tensor, scale: Tensor, W: Tensor, bias: Tensor | None = None
         bias: (N,) in x's dtype, or None; may be trained.
 
     Returns:
-        (..., N) in x's dtype, contiguous. Differentiable in x, scale and bias, once.
+        (..., N) in x's dtype, contiguous. Differentiable in x, scale and bias.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or W is to be trained.
@@ -150,7 +152,7 @@ class _ScaleColumns(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @differentiable(partial(_columns_gradients, backward=formulas.scale_columns_backward))
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _columns_gradients(ctx, dout, _run_columns_backward)
 
@@ -226,6 +228,6 @@ class _ScaleLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @differentiable(partial(_linear_gradients, backward=formulas.scale_linear_backward))
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _linear_gradients(ctx, dout, _run_linear_backward)
