@@ -126,7 +126,9 @@ def test_sources(tmp_path, maker):
     own = source_of(weights, config)
     key = next(iter(weights))
     weights[key].zero_()
+    config.lora_alpha = 64
     assert own.tensors[key].any(), "a copy"
+    assert own.config.lora_alpha != 64, "a copy"
 
 
 # ---- reading ----
