@@ -186,7 +186,7 @@ def source_of(
         return AdapterWeights(copy.deepcopy(config), own)
     if config is not None:
         raise ValueError("a folder has a config of its own; leave out config=")
-    folder = Path(source)
+    folder = Path(source).absolute()  # whatever the working directory is when it is read
     file_identity(folder)
     return folder
 
