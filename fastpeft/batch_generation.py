@@ -48,8 +48,8 @@ class BatchGeneration:
             Request id -> transformers' GenerationOutput, in the order of the prompts. One that failed has an `error`.
 
         Raises:
-            ValueError: not one name a prompt, an unknown name, or merged adapters; these also with a manager that is
-                kept between calls.
+            ValueError: not one name a prompt, an unknown name, merged adapters, or generation options that continuous
+                batching does not honour; these also with a manager that is kept between calls.
             ImportError: the installed transformers is not known to fastpeft.integrations.continuous_batching.
             RuntimeError: the generation broke down.
         """
@@ -96,6 +96,11 @@ class _Run:
         base: Any = model.get_base_model()
         config = base.generation_config if generation_config is None else generation_config
         self.max_new_tokens = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if self.max_new_tokens is None and config.max_length is not None:
+            raise ValueError(
+                f"max_length={config.max_length} is not what continuous batching goes by: pass max_new_tokens, how "
+                "many tokens to add to each prompt"
+            )
         self.answers = config.num_return_sequences or 1
         self.manager, self.router = manager_with_adapters(
             base,

@@ -129,14 +129,14 @@ class PeftModel(SavedAdapters, BatchGeneration, nn.Module):
             super().zero_grad(set_to_none)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generate with the active adapters; `adapter_names` as in forward."""
+        """The base model's generate with the active adapters; `adapter_names` as in forward, one for each prompt."""
         together = rows_of_head_together(self.get_base_model())
         with self._enable_peft_forward_hooks(**self._generation_options(args, kwargs)), together:
             return self.base_model.generate(*args, **self._base_kwargs(kwargs))
 
     def _generation_options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What of a call of `generate` says how often its rows are repeated, and for which adapters."""
-        positional = {"generation_config": args[1]} if len(args) > 1 else {}
+        """What of a call of `generate` says which rows it has, how often they are repeated, and for which adapters."""
+        positional = dict(zip(("inputs", "generation_config"), args, strict=False))
         return {"model_config": getattr(self.get_base_model(), "generation_config", None)} | positional | kwargs
 
     def _base_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:

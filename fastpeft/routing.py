@@ -6,7 +6,8 @@ How it gets to the layers is in fastpeft.routing_scope; `model(**batch, adapter_
 
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class _Contents:
     fills: int = 0
     kept: dict[Any, _Kept] = field(default_factory=dict)
     forgot: bool = False  # tables that somebody may still hold
+    is_closed: bool = False  # nothing more is kept now
 
 
 class Routing:
@@ -188,6 +190,22 @@ class Routing:
 
     # For layers.
 
+    @contextmanager
+    def closed(self, x: Any) -> Iterator[None]:
+        """Let no layer keep tables in this context, which is a checkpoint's: a compiler refuses to trace that.
+
+        Args:
+            x: what the checkpoint is given; the tables for its rows are made before.
+        """
+        fits = isinstance(x, Tensor) and x.dim() > 1 and self._obstacle(x.shape[0], math.prod(x.shape[:-1])) is None
+        if fits:
+            self.tables(x.shape[:-1], self.names, x.device)
+        self._contents.is_closed = True
+        try:
+            yield
+        finally:
+            self._contents.is_closed = False
+
     def tables(self, shape: Sequence[int], names: tuple[str, ...], device: torch.device) -> RoutingTables:
         """Numbers for the routed ops, slot i being names[i]; rows of other adapters have no entry.
 
@@ -208,7 +226,8 @@ class Routing:
 
     def _find(self, shape: Sequence[int], names: tuple[str, ...], device: torch.device) -> _Kept:
         rows, M, all_kept = shape[0] if len(shape) else 1, math.prod(shape), self._contents.kept
-        self._check_rows(rows, M)
+        if (obstacle := self._obstacle(rows, M)) is not None:
+            raise ValueError(obstacle)
         key = (rows, M, names, device)
         kept = all_kept.get(key)
         if kept is None or _is_of_no_use(kept):
@@ -217,7 +236,8 @@ class Routing:
                 self._contents.forgot = True
             with torch.inference_mode(False), torch.no_grad():  # they may be kept for a forward with gradients
                 kept = self._make(rows, M, names, device)
-            if type(kept.tables.rows) is Tensor:  # a fake one must not outlive its mode
+            # a fake one must not outlive its mode, nor one of a checkpoint's graph the checkpoint
+            if type(kept.tables.rows) is Tensor and not self._contents.is_closed:
                 all_kept[key] = kept
         if kept.ready is not None:
             _wait_for(kept)
@@ -247,18 +267,19 @@ class Routing:
             )
         return _Kept(tables, host_bounds, torch.cuda.current_stream(device).record_event())
 
-    def _check_rows(self, rows: int, M: int) -> None:
+    def _obstacle(self, rows: int, M: int) -> str | None:
+        """Why this is not the routing of a batch, None if it is."""
         if self._lengths is None:
-            if not any(rows == len(self.entries) * factor for factor in self._expansions):
-                raise ValueError(
-                    f"adapter_names needs one name per row of the batch: expected {rows} names, got "
-                    f"{len(self.entries)}. Rows that should take no adapter are named {BASE!r}."
-                )
-        elif sum(self._lengths) != M and (self._kept_tokens is None or len(self._kept_tokens) != M):
-            kept = "" if self._kept_tokens is None else f" or the {len(self._kept_tokens)} kept ones"
-            raise ValueError(
-                f"this routing is for batches of {sum(self._lengths)} tokens{kept}, and a layer was called on {M}"
+            if any(rows == len(self.entries) * factor for factor in self._expansions):
+                return None
+            return (
+                f"adapter_names needs one name per row of the batch: expected {rows} names, got {len(self.entries)}. "
+                f"Rows that should take no adapter are named {BASE!r}."
             )
+        if sum(self._lengths) == M or (self._kept_tokens is not None and len(self._kept_tokens) == M):
+            return None
+        kept = "" if self._kept_tokens is None else f" or the {len(self._kept_tokens)} kept ones"
+        return f"this routing is for batches of {sum(self._lengths)} tokens{kept}, and a layer was called on {M}"
 
     def _unit_of_each_row(self, M: int) -> Tensor:
         """For each flattened row of a batch the place of its adapters in `entries`: (M,)."""

@@ -109,8 +109,11 @@ def carry_through_checkpoints(modules: Iterable[nn.Module]) -> None:
 
 def _checkpoint_routed(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     entry = _current.entered
-    if entry.routing is None or torch.compiler.is_compiling():  # a compiler traces both times at once
+    if entry.routing is None:
         return checkpoint(function, *args, **kwargs)
+    if torch.compiler.is_compiling():  # which traces both times at once
+        with entry.routing.closed(args[0] if args else None):
+            return checkpoint(function, *args, **kwargs)
     again = partial(_run_routed, entry.routing, entry.routing.fills, entry.model, function)
     return checkpoint(again, *args, **kwargs)
 

@@ -247,6 +247,43 @@ def test_generation_repeats_rows(family, options):
     assert len(model.generate(**inputs, adapter_names=names, generation_config=None, max_new_tokens=2)) == 3
 
 
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (["a", "b"], {"num_beams": 2}),
+        (["a", "b"], {"num_beams": 4, "num_return_sequences": 2}),
+        (["a", "b"], {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}),
+        (["a", "b"], {"generation_config": GenerationConfig(num_beams=2)}),
+        (["a", "b", "a"], {"num_return_sequences": 2, "do_sample": True}),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("how", ["input_ids", "inputs", "inputs_embeds"])
+def test_beams_of_one_prompt_take_one_adapter(names, options, how):
+    model, ids = adapted().eval(), models.batch("llama")["input_ids"][:1]
+    inputs = {how: model.get_input_embeddings()(ids) if how == "inputs_embeds" else ids}
+    calls = []
+    handle = model.get_base_model().register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="adapter_names needs one name per prompt: expected 1 names"):
+        model.generate(**inputs, adapter_names=names, **options)
+    handle.remove()
+    assert not calls
+    several = {"num_return_sequences": 2, "do_sample": True}
+    assert len(model.generate(**inputs, adapter_names=["a", "b"], max_new_tokens=2, **several)) == 2
+    explicit = Routing.by_row(["a", "b"])  # its maker knows which rows the model sees
+    assert len(model.generate(**inputs, adapter_names=explicit, max_new_tokens=2, num_beams=2)) == 1
+
+
+def test_prompts_are_counted_where_the_encoder_has_run():
+    model, inputs = adapted("t5", task_type="SEQ_2_SEQ_LM").eval(), models.batch("t5")
+    encoder = model.get_encoder()
+    encoded = encoder(inputs["input_ids"], inputs["attention_mask"])
+    options = {"encoder_outputs": encoded, "attention_mask": inputs["attention_mask"], "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="expected 3 names, got 6"):
+        model.generate(**options, adapter_names=["a", "b", "a"] * 2, num_beams=2)
+    assert len(model.generate(**options, adapter_names=["a", "b", "a"], num_beams=2)) == 3
+
+
 # Compiled.
 
 

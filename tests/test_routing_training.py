@@ -6,6 +6,7 @@ import torch
 from routed_models import adapted
 from torch.utils.checkpoint import checkpoint
 
+from fastpeft import LoraConfig
 from fastpeft.routing import Routing
 from fastpeft.routing_scope import routed
 from fastpeft.tuners import mixed_batch
@@ -176,3 +177,27 @@ def test_several_forwards_before_one_backward():
     for key, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, expected[key] + other[key], msg=key)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_compiled_checkpoints_follow_a_routing(reentrant):
+    """Tables made within a checkpoint cannot be kept: they are made before it, or for one layer alone."""
+    model, inputs = adapted(), models.batch("llama")
+    model.add_adapter("c", LoraConfig(target_modules=["v_proj"], init_lora_weights=False))  # not on all layers
+    model.set_requires_grad(["a", "b", "c"])
+    turns = [["a", {"a": 0.5, "b": 0.5}, "__base__"], ["b", {"a": 0.2, "b": 0.7}, "a"], ["a", "c", "b"]]
+
+    def outcome(run, rows):
+        model.zero_grad()
+        logits = run(**inputs, use_cache=False, adapter_names=rows).logits
+        logits.square().mean().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return [logits.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained)]
+
+    expected = [outcome(model.train(), rows) for rows in turns]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for rows, wanted in zip(turns, expected, strict=True):
+        for mine, theirs in zip(outcome(compiled, rows), wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)

@@ -157,7 +157,7 @@ def _choice(found: dict[str, Any], adapters: Sequence[str]) -> Choice:
     if not isinstance(weights, dict) or not weights:
         raise _BadLine(f'"adapter" must be a name, or weights such as {{"a": 0.7, "b": 0.3}}, got {_short(choice)}')
     for name, weight in weights.items():
-        if name not in adapters and (name != BASE or weights is choice):
+        if name not in adapters and name != BASE:  # which adds nothing to a row of weights
             raise _BadLine(f"no adapter {_short(name)}; there are {_listed(adapters)}, given with --adapter")
         if not _finite(weight):
             raise _BadLine(f"the weight of adapter {name!r} must be a finite number, got {_short(weight)}")

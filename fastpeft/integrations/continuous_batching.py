@@ -1,5 +1,7 @@
 """Per-request adapters in transformers' continuous batching: here, and in overflow.py, are all its private names.
 
+What it makes of a GenerationConfig is in batching_options.py.
+
 Continuous batching packs the tokens of many requests into one row. Its manager knows which tokens are whose, the model
 does not; and its prefix cache finds keys and values by tokens alone, although an adapter changes them. A
 `RequestRouter` gives a manager both: every forward runs under the Routing of its batch, and cached blocks are found
@@ -29,6 +31,7 @@ from typing import Any
 import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from fastpeft.integrations.batching_options import check_options
 from fastpeft.integrations.overflow import OverflowGuard
 from fastpeft.routing import BASE, Routing
 from fastpeft.routing_scope import routed
@@ -125,9 +128,10 @@ def manager_with_adapters(
         on_cancelled: as for RequestRouter.
 
     Raises:
-        ImportError, ValueError: as RequestRouter and config_for_adapters. The model is as it was.
+        ImportError, ValueError: as RequestRouter, check_options and config_for_adapters. The model is as it was.
     """
     check_transformers()
+    check_options(base, generation_config)
     batching_config = config_for_adapters(batching_config)
     attention = base.config._attn_implementation
     try:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from fastpeft.config import PeftConfig
+from fastpeft.integrations.batching_options import check_options
 from fastpeft.integrations.continuous_batching import config_for_adapters, manager_with_adapters
 from fastpeft.routing import shortened
 from fastpeft.serving.admission import Request, Slot
@@ -75,7 +76,8 @@ class Engine(EngineCore):
 
     Raises:
         ImportError: the installed transformers is not known to fastpeft.integrations.continuous_batching.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the generation config has what continuous batching does not honour,
+            such as beams or a repetition_penalty.
     """
 
     def __init__(
@@ -89,13 +91,14 @@ class Engine(EngineCore):
     ) -> None:
         super().__init__(model, slots, cpu_bytes, autocast_adapter_dtype)
         base = self._model_slots.base_model
-        config = copy.deepcopy(base.generation_config if generation_config is None else generation_config)
+        config = base.generation_config if generation_config is None else generation_config
+        check_options(base, config)
         if (config.num_return_sequences or 1) > 1:
             raise ValueError(
                 f"num_return_sequences={config.num_return_sequences}: an engine gives one answer a request; submit it "
                 "several times instead"
             )
-        self._generation_config = config
+        self._generation_config = copy.deepcopy(config)
         self._life = threading.RLock()  # of start and stop
         self._batching_config = config_for_adapters(continuous_batching_config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections import OrderedDict, deque
@@ -167,7 +168,7 @@ def source_of(
 
     Args:
         source: a folder with an adapter's files, or weights under the keys of a file, which are copied.
-        config: of weights in memory; a folder has its own.
+        config: of weights in memory, copied too; a folder has its own.
 
     Raises:
         ValueError: a folder without an adapter, weights without a config or not finite, or a folder with a config.
@@ -181,10 +182,11 @@ def source_of(
             raise ValueError(f"{bad[0]} is of {source[bad[0]].dtype}; expected a floating-point dtype")
         if bad := [key for key, value in source.items() if not value.isfinite().all()]:
             raise ValueError(f"{bad[0]} has values that are NaN or infinite; requests of all adapters would suffer")
-        return AdapterWeights(config, {key: value.detach().cpu().clone() for key, value in source.items()})
+        own = {key: value.detach().cpu().clone() for key, value in source.items()}
+        return AdapterWeights(copy.deepcopy(config), own)
     if config is not None:
         raise ValueError("a folder has a config of its own; leave out config=")
-    folder = Path(source)
+    folder = Path(source).absolute()  # whatever the working directory is when it is read
     file_identity(folder)
     return folder
 

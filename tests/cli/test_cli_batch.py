@@ -103,9 +103,10 @@ def test_the_only_adapter_need_not_be_named(cli, adapter, prompts):
 def test_weighted_adapters_in_one_line(cli, named, prompts):
     lines = [{"prompt": "The hacker", "adapter": {"a": 1, "b": 0}}, {"prompt": "The hacker", "adapter": "a"}]
     lines += [{"prompt": "The hacker", "adapter": {"a": 0.5, "b": 0.5}}]
+    lines += [{"prompt": "The hacker", "adapter": {"__base__": 1.0, "a": 1}}]
     answer = cli("generate", *named, "--prompts", prompts(lines), *GREEDY)
-    first, second, third = rows_of(answer.out)
-    assert first["completion"] == second["completion"]
+    first, second, third, with_base = rows_of(answer.out)
+    assert first["completion"] == second["completion"] == with_base["completion"]
     assert third["adapter"] == {"a": 0.5, "b": 0.5}
 
 

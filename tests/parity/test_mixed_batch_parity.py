@@ -1,5 +1,7 @@
 """Batches of mixed adapters against reference PEFT's `adapter_names`, wherever it has them."""
 
+import itertools
+
 import pytest
 import torch
 from models import TARGETS, batch
@@ -63,6 +65,35 @@ def test_t5():
         model.generate(**inputs, adapter_names=names, max_new_tokens=6, num_beams=2, do_sample=False) for model in both
     )
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_generation_takes_the_counts_of_names_that_reference_peft_takes(family):
+    """Else the beams of one prompt would take different adapters."""
+    both = pair(family, target_modules=TARGETS[family], init_lora_weights=False)
+    both.add_adapter("other", r=3, target_modules=TARGETS[family], init_lora_weights=False)
+    inputs = {key: batch(family)[key][:2] for key in ("input_ids", "attention_mask")}
+    pattern, refused = ["default", "other", "__base__", "other", "default", "default"], set()
+    for beams, sequences, count in itertools.product((1, 2, 3), (1, 2), (1, 2, 4, 6)):
+        if sequences > beams > 1:
+            continue
+        outcomes = []
+        for model in both:
+            torch.manual_seed(0)
+            options = {"num_beams": beams, "num_return_sequences": sequences, "do_sample": sequences > beams}
+            names = {"adapter_names": pattern[:count], "max_new_tokens": 4}
+            try:
+                outcomes.append(model.eval().generate(**inputs, **options, **names))
+            except ValueError:
+                outcomes.append(None)
+        theirs, ours = outcomes
+        if theirs is not None:
+            assert torch.equal(ours, theirs), (beams, sequences, count)
+        elif ours is None:
+            refused.add((beams, sequences, count))
+        else:  # one name a prompt for several returned sequences is an addition of ours
+            assert (beams, sequences, count) == (1, 2, 2)
+    assert {(2, 1, 1), (2, 1, 4), (2, 2, 4), (3, 2, 6)} <= refused
 
 
 def test_merged_adapters_are_refused_by_both():

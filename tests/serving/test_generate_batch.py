@@ -3,8 +3,10 @@
 import pytest
 import serving_cases as cases
 import torch
+from transformers import GenerationConfig
 
 from fastpeft import PeftModel
+from fastpeft.serving import Engine
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +146,70 @@ def test_a_generation_that_breaks_down(model, monkeypatch):
     monkeypatch.setattr(model.get_base_model().model, "forward", fail)
     with pytest.raises(RuntimeError, match=r"broke down .*out of memory"):
         model.generate_batch([[5]], cases.generation_config(), cases.batching_config(), adapter_names=["0"])
+
+
+IGNORED = {
+    "num_beams": 2, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "guidance_scale": 1.5, "min_new_tokens": 3,
+    "min_length": 9, "bad_words_ids": [[3]], "stop_strings": ["x"], "sequence_bias": {(3,): -1.0}, "max_time": 1.0,
+    "forced_eos_token_id": 2, "prompt_lookup_num_tokens": 2, "output_scores": True, "remove_invalid_values": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", IGNORED)
+def test_options_that_would_be_ignored(model, option):
+    config, batching = cases.generation_config(**{option: IGNORED[option]}), cases.batching_config()
+    message = rf"^generation_config has options .* not honour: {option}=.*model\.generate"
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch([[5, 6]], config, batching, adapter_names=["0"])
+    with pytest.raises(ValueError, match=message):
+        Engine(cases.tiny_base(), generation_config=config, continuous_batching_config=batching)
+
+
+def test_options_of_the_models_own_config(model):
+    base = cases.tiny_base()
+    for own in (base, model.get_base_model()):
+        own.generation_config.update(num_beams=2, repetition_penalty=1.3)
+    message = "the model's own generation_config has .*: num_beams=2, repetition_penalty=1.3"
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch([[5, 6]], adapter_names=["0"], max_new_tokens=2)
+    with pytest.raises(ValueError, match=message):
+        Engine(base)
+    config = cases.generation_config(max_new_tokens=None, max_length=9)
+    with pytest.raises(ValueError, match="max_length=9 is not what continuous batching goes by: pass max_new_tokens"):
+        model.generate_batch([[5, 6]], config, adapter_names=["0"])
+
+
+def test_options_that_ask_for_nothing():
+    """As they stand in the generation_config.json of many models."""
+    own = {"bos_token_id": 1, "max_length": 4096, "cache_implementation": "hybrid", "temperature": 0.6, "top_k": 20}
+    Engine(cases.tiny_base(), generation_config=GenerationConfig(**own, chat_format="x"))
+    Engine(cases.tiny_base(), generation_config=GenerationConfig(**GenerationConfig._get_default_generation_params()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_h": 0.3}, {"min_p": 0.4}, {"typical_p": 0.4}, {"epsilon_cutoff": 0.05}, {"eta_cutoff": 0.05}, {"top_k": 3}],
+    ids=repr,
+)
+def test_filters_of_a_distribution_are_honoured(options):
+    """They are called with the last token of each request in place of its text, and give what they give with it."""
+    base, scores = cases.tiny_base(), torch.randn(3, cases.VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+    [*_, last] = base._get_logits_processor(cases.generation_config(do_sample=True, **options))
+    filtered = last(torch.tensor([5, 6, 7]), scores)
+    assert torch.equal(filtered, last(torch.ones(3, 4, dtype=torch.long), scores))
+    assert 1 <= filtered.isfinite().sum() < filtered.numel()
+
+
+def test_suppressed_tokens_do_not_come(model):
+    prompts, batching = cases.prompts(3), cases.batching_config()
+    plain = model.generate_batch(prompts, cases.generation_config(), batching, adapter_names=["0"] * 3)
+    seen = sorted({token for output in plain.values() for token in output.generated_tokens} - {2})
+    config = cases.generation_config(suppress_tokens=seen, renormalize_logits=True)
+    outputs = model.generate_batch(prompts, config, batching, adapter_names=["0"] * 3)
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        ids = torch.tensor([prompt])
+        want = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, adapter_names=["0"]
+        )
+        assert output.generated_tokens == want[0, len(prompt) :].tolist()
+        assert not set(seen) & set(output.generated_tokens)

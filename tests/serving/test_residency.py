@@ -126,7 +126,17 @@ def test_sources(tmp_path, maker):
     own = source_of(weights, config)
     key = next(iter(weights))
     weights[key].zero_()
+    config.lora_alpha = 64
     assert own.tensors[key].any(), "a copy"
+    assert own.config.lora_alpha != 64, "a copy"
+
+
+def test_a_relative_folder_is_the_one_that_was_meant(tmp_path, maker, monkeypatch):
+    maker.save(tmp_path / "adapters" / "x", 0, cases.LORA_KINDS[0])
+    monkeypatch.chdir(tmp_path)
+    folder = source_of("adapters/x", None)
+    monkeypatch.chdir("/")
+    assert read_adapter(folder).tensors
 
 
 # ---- reading ----
