@@ -13,6 +13,7 @@ import torch
 PACKAGES = ("fastpeft", "torch", "triton", "transformers", "peft", "accelerate", "numpy")
 # What decides how fast small and mixed-precision products run; the rest of a CPU's long list says nothing here.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve", "i8mm")
+MATRIX_FLAGS = {"amx_bf16", "bf16"}
 
 
 def describe(threads: int | None = None) -> dict[str, Any]:
@@ -38,7 +39,10 @@ def version(name: str) -> str | None:
 
 
 def cpu() -> dict[str, Any]:
-    """Model name, cores, and the instruction sets that matter. `bf16_matrix`: bf16 products run in hardware."""
+    """Model name, cores, and the instruction sets that matter.
+
+    `bf16_matrix`: bf16 has matrix instructions (AMX, ARM's BFMMLA); `bf16_dot`: dot products at least (AVX-512).
+    """
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -51,7 +55,8 @@ def cpu() -> dict[str, Any]:
         "model": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "flags": [flag for flag in CPU_FLAGS if flag in flags],
-        "bf16_matrix": bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+        "bf16_matrix": bool(flags & MATRIX_FLAGS),
+        "bf16_dot": bool(flags & {"avx512_bf16", *MATRIX_FLAGS}),
     }
 
 
