@@ -144,12 +144,8 @@ class PeftConfigMixin(PushToHubMixin):
         return config
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The content of a config file as a dict, less `runtime_config`, which is not a property of an adapter.
-
-        Args:
-            kwargs: unused, as in PEFT, whose `from_pretrained` hands its own on.
-        """
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """The content of a config file as a dict, less `runtime_config`, which is not a property of an adapter."""
         path = Path(path_json_file)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

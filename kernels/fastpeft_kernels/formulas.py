@@ -5,27 +5,24 @@ fused backward passes in reference.py, reference_dora.py and reference_scale.py,
 what is not needed comes back as None.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastpeft_kernels.masks import MASK_BITS
+from fastpeft_kernels.masks import apply_mask
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors])
 
 
 def drop(x: Tensor, mask: Tensor | None) -> Tensor:
     """x where the mask keeps, else 0: (M, K)."""
     if mask is None:
         return x
-    bits = mask.unsqueeze(2) >> torch.arange(MASK_BITS, dtype=mask.dtype, device=mask.device) & 1
-    return x.masked_fill(bits.flatten(1)[:, : x.shape[1]] == 0, 0.0)
+    return x.masked_fill(apply_mask(x.new_ones(x.shape), mask) == 0, 0.0)
 
 
 def dropout(dout: Tensor, mask: Tensor, scale: float) -> Tensor:

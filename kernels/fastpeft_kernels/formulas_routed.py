@@ -49,8 +49,7 @@ def gather_gradients(ctx: Any, dS: Tensor) -> tuple[Any, ...]:
 
 def scale_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     y, rows, starts, weights, bias, *vectors = ctx.saved_tensors
-    dtype = widest(y, *(vector for vector in vectors if vector is not None))
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = torch.promote_types(torch.float32, widest(y, *(vector for vector in vectors if vector is not None)))
     flat = [None if vector is None else vector.reshape(-1).to(dtype) for vector in vectors]
     product = dout.to(dtype) * (y.to(dtype) if bias is None else y.to(dtype) - bias.to(dtype))
     unscaled = torch.ones((len(y), 1), dtype=dtype, device=y.device)  # 1 - Σ w
