@@ -22,21 +22,24 @@ ONEDNN_ROWS = 256  # oneDNN's sums over more rows are noisier than torch.mm's
 
 FEW_ROWS = 16  # decoding: bound by the number of torch's operators, not by what they move
 WIDENED_ROWS = 128  # so few rows are widened whole: three operators, and fp32's own product
+THIN = 16  # MKL and oneDNN give fewer columns than these in one and a half to four times the time of as many rows
 
 
 def shrink(x: Tensor, A: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """S = scale · drop(x) Aᵀ: x (M, K), A (r, K) of any strides -> (M, r) in A's dtype."""
-    if mask is None and (x.dtype == A.dtype or x.shape[0] <= FEW_ROWS):
+    if mask is None and x.shape[0] <= FEW_ROWS:
         return F.linear(x.to(A.dtype), A).mul_(scale)
+    if mask is None and x.dtype == A.dtype:
+        return _product(x, A, scale)
     rows, columns = shape = _tile_shape(x, most_rows=TILE)
     if mask is None and _is_one_tile(x, A, shape):
-        return torch.mm(_widened(x, A.dtype), A.t()).mul_(scale)
-    S = torch.zeros((x.shape[0], A.shape[0]), dtype=_sum_dtype(A), device=x.device)
+        return _product(_widened(x, A.dtype), A, scale)
+    S = _no_sums(x.shape[0], A)
     for A_block, tiles in zip(split(A, columns, dim=1), _tiles(x, mask, A.dtype, shape), strict=True):
         A_block = A_block.contiguous()
         for S_rows, tile in zip(split(S, rows), tiles, strict=True):
-            accumulate_(S_rows, tile, A_block)
-    return S.mul_(scale).to(A.dtype)
+            _add_product_(S_rows, tile, A_block)
+    return S.mul_(scale).to(A.dtype).contiguous()
 
 
 def outer(x: Tensor, S: Tensor, mask: Tensor | None) -> Tensor:
@@ -61,17 +64,17 @@ def output_pass(dout: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tenso
     rows, columns = shape = _tile_shape(dout, most_rows=_most_summed_rows(S))
     if _is_one_tile(dout, S, shape):
         tile = _widened(dout, S.dtype)
-        return torch.mm(tile, B).mul_(scale), torch.mm(S.t(), tile).t().contiguous()
-    dS = torch.zeros_like(S, dtype=_sum_dtype(S))
+        return _product(tile, B.t(), scale), torch.mm(S.t(), tile).t().contiguous()
+    dS = _no_sums(dout.shape[0], B.t())
     dB = torch.zeros((S.shape[1], dout.shape[1]), dtype=_sum_dtype(S), device=S.device)
     St = [part.t().contiguous() for part in split(S, rows)]
     blocks = zip(split(B, columns), split(dB, columns, dim=1), _tiles(dout, None, S.dtype, shape), strict=True)
     for B_block, dB_block, tiles in blocks:
         Bt_block = B_block.t().contiguous()
         for dS_rows, St_rows, tile in zip(split(dS, rows), St, tiles, strict=True):
-            accumulate_(dS_rows, tile, Bt_block)
+            _add_product_(dS_rows, tile, Bt_block)
             accumulate_(dB_block, St_rows, tile.t())
-    return dS.mul_(scale).to(S.dtype), dB.t().contiguous().to(S.dtype)
+    return dS.mul_(scale).to(S.dtype).contiguous(), dB.t().contiguous().to(S.dtype)
 
 
 def expand_(out: Tensor, S: Tensor, B: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -155,6 +158,36 @@ def _widened(tile: Tensor, dtype: torch.dtype) -> Tensor:
     if tile.dtype == dtype and tile.is_contiguous():
         return tile
     return scratch("tile", tile.shape, dtype, tile).copy_(tile)
+
+
+# Products of few columns: rows of the transposed product, wherever that is faster.
+
+
+def _is_thin(A: Tensor) -> bool:
+    return A.shape[0] < THIN and _onednn(A) is None
+
+
+def _product(x: Tensor, A: Tensor, scale: float) -> Tensor:
+    """scale · x Aᵀ, contiguous."""
+    if _is_thin(A):
+        return torch.mm(A, x.t()).mul_(scale).t().contiguous()
+    return F.linear(x, A).mul_(scale)
+
+
+def _no_sums(M: int, A: Tensor) -> Tensor:
+    """Zeros for the sum x Aᵀ of M rows, laid out for `_add_product_`."""
+    shape = (M, A.shape[0])
+    if _is_thin(A):
+        return torch.zeros(shape[::-1], dtype=_sum_dtype(A), device=A.device).t()
+    return torch.zeros(shape, dtype=_sum_dtype(A), device=A.device)
+
+
+def _add_product_(total: Tensor, x: Tensor, A: Tensor) -> None:
+    """total += x Aᵀ: rows of `_no_sums`, x contiguous, A (r, K) contiguous."""
+    if _is_thin(A):
+        accumulate_(total.t(), A, x)
+    else:
+        accumulate_(total, x, A)
 
 
 # Which library multiplies.
