@@ -1,19 +1,15 @@
 """Which adapted layers are called on one tensor, one after the other: q, k and v, or gate and up.
 
-Found in the source of the module that calls them, once, when adapters are put on a model, whatever its class is: calls
-`self.a(x)` and `self.b(x)` with the same variable in one run of statements, where the first is not called without the
-second. What the source says is a hint: an `InputGroup` acts on it only while its parent's forward runs and both layers
-are really handed the same tensor, so that a wrong hint costs time and nothing else.
+Found in the source of the module that calls them (shared_calls.py). An `InputGroup` acts on what it says only while the
+parent's forward runs and both layers are really handed the same tensor, unchanged. Where torch counts changes, a wrong
+hint costs time and nothing else; where it does not, in inference mode and while compiling, that the tensor is unchanged
+is known from the source alone.
 """
 
-import ast
 import copy
-import functools
-import inspect
 import os
-import textwrap
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.tuners.bases import is_linear
+from fastpeft.tuners.shared_calls import calls_on_one_variable
 from fastpeft.utils.saved_tensors import hooks_around, is_checkpoint
 
 
@@ -239,130 +236,3 @@ def dissolve_groups(model: nn.Module) -> None:
         group: Any = getattr(module, "input_group", None)
         if isinstance(group, InputGroup):
             group.dissolve()
-
-
-# Reading the source.
-
-
-@functools.cache
-def calls_on_one_variable(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """Names of submodules that a module's methods call on one variable, one after the other: a tuple a group.
-
-    Empty for a class whose source cannot be read.
-    """
-    groups: list[tuple[str, ...]] = []
-    seen: set[str] = set()
-    for klass in cls.__mro__:
-        if klass.__module__.startswith("torch.nn.") or klass is object:
-            continue
-        for name, function in vars(klass).items():
-            if name not in seen and inspect.isroutine(function):
-                seen.add(name)
-                groups += _groups_of_function(function)
-    return tuple(dict.fromkeys(groups))
-
-
-def _groups_of_function(function: Any) -> list[tuple[str, ...]]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return []  # no source: typed into an interpreter, compiled, generated
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
-        return []
-    return list(_groups_of_block(definition.body, definition.args.args[0].arg))
-
-
-_COMPOUND = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_LEAVING = (ast.Return, ast.Raise, ast.Break, ast.Continue)
-
-
-def _groups_of_block(block: list[ast.stmt], this: str) -> Iterator[tuple[str, ...]]:
-    """The groups of a run of statements: each statement that begins is followed by the next, or by an exception."""
-    running: dict[str, list[str]] = {}  # variable -> submodules called on it since it last changed
-
-    def close(variables: Iterable[str]) -> Iterator[tuple[str, ...]]:
-        for variable in list(variables):
-            names = tuple(dict.fromkeys(running.pop(variable, ())))
-            if len(names) > 1:
-                yield names
-
-    for statement in block:
-        if isinstance(statement, _COMPOUND):
-            for inner in _inner_blocks(statement):
-                yield from _groups_of_block(inner, this)
-            leaves = any(isinstance(node, _LEAVING) for node in ast.walk(statement))
-            yield from close(list(running) if leaves else _changed(statement) | _handed_on(statement, this))
-        elif not isinstance(statement, _DEFINITIONS):
-            calls = list(_calls(statement, this))
-            used = _handed_on(statement, this)
-            yield from close(used)  # what they may do to a variable, or when, is not known
-            for variable, submodule in calls:
-                if variable not in used:
-                    running.setdefault(variable, []).append(submodule)
-            yield from close(_changed(statement))
-    yield from close(running)
-
-
-def _inner_blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
-    for field in ("body", "orelse", "finalbody"):
-        if block := getattr(statement, field, None):
-            yield block
-    for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
-        yield part.body
-
-
-def _calls(node: ast.AST, this: str) -> Iterator[tuple[str, str]]:
-    """(variable, submodule) for each call `self.submodule(variable)` that is sure to be made when `node` is run."""
-    if isinstance(node, ast.Call) and _is_submodule_call(node, this):
-        yield node.args[0].id, node.func.attr  # type: ignore[attr-defined]
-    for child in _surely_run(node):
-        yield from _calls(child, this)
-
-
-def _surely_run(node: ast.AST) -> Iterable[ast.AST]:
-    if isinstance(node, ast.IfExp):
-        return [node.test]
-    if isinstance(node, ast.BoolOp):
-        return node.values[:1]
-    if isinstance(node, _COMPREHENSIONS + _DEFINITIONS):
-        return []
-    return ast.iter_child_nodes(node)
-
-
-_FACTS = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "size", "dim", "numel", "stride"}
-
-
-def _handed_on(node: ast.AST, this: str) -> set[str]:
-    """The variables that a statement uses otherwise than as the one argument of a submodule of this module, or to ask
-    for a fact: it may give them another name, or have them changed in place, out of sight."""
-    harmless: set[int] = set()
-    for part in ast.walk(node):
-        if isinstance(part, ast.Attribute) and part.attr in _FACTS:
-            harmless.add(id(part.value))
-        elif isinstance(part, ast.Call) and _is_submodule_call(part, this):
-            harmless.add(id(part.args[0]))
-    names = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load))
-    return {name.id for name in names if id(name) not in harmless}
-
-
-def _is_submodule_call(node: ast.Call, this: str) -> bool:
-    """self.submodule(variable)"""
-    function = node.func
-    of_this = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == this
-    return of_this and len(node.args) == 1 and isinstance(node.args[0], ast.Name) and not node.keywords
-
-
-def _changed(node: ast.AST) -> set[str]:
-    """The variables that running `node` binds anew or changes in place: x = ..., x[0] = ..., x.add_(...)."""
-    changed = set()
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store | ast.Del):
-            changed.add(part.id)
-        elif isinstance(part, ast.Subscript | ast.Attribute) and isinstance(part.value, ast.Name):
-            in_place = isinstance(part, ast.Attribute) and part.attr.endswith("_")
-            if in_place or isinstance(part.ctx, ast.Store | ast.Del):
-                changed.add(part.value.id)
-    return changed

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastpeft.tuners.shared_inputs import calls_on_one_variable
+from fastpeft.tuners.shared_calls import calls_on_one_variable
 
 
 class Straight(nn.Module):
@@ -59,6 +59,59 @@ class Unsure(nn.Module):
         return a, b, c, d, f, h, i, j, self.k(x, y), self.m(x=x), self.n(x[0]), self.o(*x), self.p(x)
 
 
+class OtherNames(nn.Module):
+    """What may change x by another name, or out of sight, comes between: no group."""
+
+    def forward(self, h, x):
+        a = self.a(x)
+        h.add_(1)  # the caller's two names may be one memory
+        a = self.b(x)
+        y = h[:]
+        a = self.c(y)
+        torch.add(h, 1, out=h)
+        a = self.d(y)
+        views = [y]
+        a = self.e(y)
+        for view in views:
+            view += 1
+        a = self.f(y)
+        self.kept = y
+        z = self.kept.view(-1)
+        a = self.g(z)
+        self.bump()
+        a = self.h(z)
+        self.kept[0] = 1
+        a = self.i(z)
+        later = lambda: y.relu_()  # noqa: E731
+        a = self.j(y)
+        later()
+        a = self.k(y)
+        GLOBAL.mul_(2)
+        a = self.l(y)
+        torch.nn.functional.relu(h, inplace=True)
+        return a + self.m(y)
+
+    def bump(self):
+        self.kept.add_(1)
+
+
+class OfNoConcern(nn.Module):
+    """Changes of what the calls themselves gave, shapes and facts part nothing."""
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], -1, self.size)
+        q = self.q(x).view(shape)
+        q *= 2
+        k = self.k(x).reshape(*shape).relu_()
+        k[0] = 0
+        count = x.size(0)
+        count += 1
+        return self.norm(q), k, self.v(x)
+
+
+GLOBAL = torch.zeros(1)
+
+
 class Child(Straight):
     def forward(self, x):
         return self.project(x)
@@ -73,6 +126,8 @@ class Child(Straight):
         (Straight, {("a", "b"), ("c", "d")}),
         (Branches, {("k", "v"), ("k2", "v2"), ("a", "b")}),
         (Unsure, set()),
+        (OtherNames, set()),
+        (OfNoConcern, {("q", "k", "v")}),
         (Child, {("m", "n")}),
         (nn.Linear, set()),
         (nn.TransformerEncoderLayer, set()),
