@@ -205,30 +205,26 @@ def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
     x, Ws, _, As, Bs, masks, scales = inputs
     ctx.save_for_backward(x, *Ws, *As, *Bs, *masks, output[-1])
     ctx.scales = scales
+    ctx.set_materialize_grads(False)
 
 
-def _traced_backward(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
-    n = len(ctx.scales)
-    need_dx, _, need_biases, need_As, need_Bs, *_ = ctx.needs_input_grad
-    need_factors = any((*need_As, *need_Bs))
-    x, *operands, S = ctx.saved_tensors
-    Ws, As, Bs, masks = (operands[i : i + n] for i in range(0, 4 * n, n))
-    dx, grads, none = None, [None] * 2 * n, [None] * n  # type: Any, list[Any], list[Any]
-    if need_dx or need_factors:
-        dx, *found = _lora_group_backward(douts[:n], x, Ws, As, Bs, S, masks, ctx.scales, need_dx, need_factors)
-        grads = found or grads
-    dbiases = [dout.sum(0) if wanted else None for dout, wanted in zip(douts, need_biases, strict=False)]
-    return dx if need_dx else None, none, dbiases, grads[:n], grads[n:], none, None
+def _traced_backward(ctx: Any, douts: list[Tensor | None]) -> tuple[Any, ...]:
+    need_dx, _, *needed, _, _ = ctx.needs_input_grad
+    dx, dbiases, dAs, dBs = _gradients_of_used(ctx, douts[:-1], need_dx, needed, _lora_group_backward)
+    none = [None] * len(ctx.scales)
+    return dx, none, dbiases, dAs, dBs, none, None
 
 
 _lora_group.register_autograd(_traced_backward, setup_context=_setup_traced)
 
 
-def _gradients(ctx: Any, *douts: Tensor | None, backward: Any) -> tuple[Any, ...]:
-    n, need_dx = len(ctx.scales), ctx.needs_input_grad[0]
-    need_biases, need_As, need_Bs = (ctx.needs_input_grad[i : i + n] for i in range(2 + n, 2 + 4 * n, n))
+def _gradients_of_used(
+    ctx: Any, douts: Sequence[Tensor | None], need_dx: bool, needed: Sequence[Sequence[bool]], backward: Any
+) -> tuple[Tensor | None, list[Any], list[Any], list[Any]]:
+    """(dx, dbiases, dAs, dBs); those of a member whose output was not used are None. `needed`: of the last three."""
+    n, (need_biases, need_As, need_Bs) = len(ctx.scales), needed
     x, *operands, S = ctx.saved_tensors
-    used = [i for i, dout in enumerate(douts) if dout is not None]  # the others' gradients stay None
+    used = [i for i, dout in enumerate(douts) if dout is not None]
     Ws, As, Bs, masks = ([operands[j + i] for i in used] for j in range(0, 4 * n, n))
     if len(used) < n:
         ranks = [A.shape[0] for A in operands[n : 2 * n]]
@@ -237,7 +233,7 @@ def _gradients(ctx: Any, *douts: Tensor | None, backward: Any) -> tuple[Any, ...
     scales = [ctx.scales[i] for i in used]
     need_factors = any(need_As[i] or need_Bs[i] for i in used)
     dx, grads = None, []  # type: Any, list[Tensor]
-    if need_dx or need_factors:
+    if used and (need_dx or need_factors):
         dx, *grads = backward(wanted, x, Ws, As, Bs, S, masks, scales, need_dx, need_factors)
     dbiases, dAs, dBs = [None] * n, [None] * n, [None] * n  # type: list[Any], list[Any], list[Any]
     for j, i in enumerate(used):
@@ -245,8 +241,15 @@ def _gradients(ctx: Any, *douts: Tensor | None, backward: Any) -> tuple[Any, ...
             dAs[i], dBs[i] = grads[j], grads[len(used) + j]
         if need_biases[i]:
             dbiases[i] = wanted[j].sum(0)
+    return dx if need_dx else None, dbiases, dAs, dBs
+
+
+def _gradients(ctx: Any, *douts: Tensor | None, backward: Any) -> tuple[Any, ...]:
+    n = len(ctx.scales)
+    needed = [ctx.needs_input_grad[i : i + n] for i in range(2 + n, 2 + 4 * n, n)]
+    dx, dbiases, dAs, dBs = _gradients_of_used(ctx, douts, ctx.needs_input_grad[0], needed, backward)
     none = [None] * n
-    return dx if need_dx else None, None, *none, *dbiases, *dAs, *dBs, *none
+    return dx, None, *none, *dbiases, *dAs, *dBs, *none
 
 
 class _LoraGroup(torch.autograd.Function):
