@@ -11,7 +11,7 @@ from bench_cases import ITSELF, ONCE, TINY_LLAMA, tiny
 import fastpeft
 from fastpeft.benchmark import compiled, fresh, groups, host, joint, model, peers, routed, scaling
 from fastpeft.benchmark.cases import Effort, measure
-from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
+from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE, available
 
 
 def test_the_frozen_model_passes_a_gradient_down_and_trains_nothing():
@@ -32,6 +32,16 @@ def test_autocast_cases_run_their_products_in_bf16():
     case._step(frozen)()
     assert dtypes == {torch.bfloat16}
     assert case.name == "fp32-autocast-p0.0"
+
+
+@pytest.mark.usefixtures("ops_for_few")
+def test_bytes_kept_with_recompute_mlp_are_counted_beside_those_without():
+    case = tiny(model.SavedModelCase(dtype="bf16", dropout=0.1))
+    facts = case.facts(available())
+    assert set(facts) == {OURS, f"{OURS}+recompute", REFERENCE}
+    own = {name: fact["saved"]["own"] for name, fact in facts.items()}
+    wide = case.batch * case.tokens * TINY_LLAMA.intermediate * 2  # of one tensor in bf16; the activation, the product
+    assert own[OURS] - own[f"{OURS}+recompute"] == 2 * wide * TINY_LLAMA.layers
 
 
 def test_group_members_see_one_x_and_its_gradient_is_their_sum():

@@ -53,7 +53,7 @@ def bench(
       host            one token without gradients: what Python and dispatch cost
       saved           bytes that a layer keeps for backward
       model           a training step of a small Llama, also under bf16 autocast
-      saved-model     bytes that step keeps
+      saved-model     bytes that step keeps, ours also with recompute_mlp
       peak            the most bytes that step holds at once
       first-step      its first step in a fresh process
       scaling         the layer over M, r and N
