@@ -29,10 +29,14 @@ def bench(
     limit: Annotated[float | None, typer.Option(min=1.0, help="Begin no case after so many seconds.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option("--compare", metavar="OLD NEW", help="Compare two bench.json; exit code 1 if NEW is worse."),
+        typer.Option(
+            "--compare",
+            metavar="OLD NEW",
+            help="Compare two bench.json: times, bytes, errors; exit code 1 if NEW is worse or shares no figure.",
+        ),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0.0, max=10.0, help="With --compare: how much worse is a regression, as a share.")
+        float, typer.Option(min=0.0, max=10.0, help="With --compare: how much slower is a regression, as a share.")
     ] = 0.05,
     draw: Annotated[
         Path | None,
