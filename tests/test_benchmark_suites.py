@@ -9,7 +9,21 @@ import torch
 from bench_cases import ITSELF, ONCE, TINY_LLAMA, tiny
 
 import fastpeft
-from fastpeft.benchmark import compiled, fresh, groups, host, joint, model, peers, routed, scaling
+from fastpeft.benchmark import (
+    DEFAULT_SUITES,
+    GPU_SUITES,
+    compiled,
+    fresh,
+    groups,
+    host,
+    joint,
+    model,
+    peers,
+    routed,
+    run,
+    scaling,
+    without_cases,
+)
 from fastpeft.benchmark.cases import Effort, measure
 from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE, available
 
@@ -181,6 +195,17 @@ def test_peers_are_listed_where_they_are_installed_and_a_gpu_is_there(monkeypatc
     assert [case.name for case in peers.peer_cases(False, "cuda")] == ["liger-bf16-p0.0"]
     installed.add("unsloth")
     assert [case.name for case in peers.peer_cases(False, "cuda")][-1] == "unsloth-qkv-bf16-p0.0-M8192"
+
+
+def test_a_suite_without_a_case_here_says_why_and_run_passes_over_it(monkeypatch):
+    wanted = "peers needs a CUDA device, and liger_kernel or unsloth: "
+    assert without_cases(["saved", "peers"], device="cpu") == [wanted + "the device is cpu"]
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert without_cases(["peers", "saved"], device="cuda") == [wanted + "neither is installed"]
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name == "unsloth" or None)
+    assert without_cases(GPU_SUITES, device="cuda") == []
+    assert without_cases(DEFAULT_SUITES) == []  # nobody has to name suites
+    assert run(["peers"]).results == []
 
 
 def test_ligers_kernels_go_into_one_model_and_unsloths_get_pefts_layers(monkeypatch):

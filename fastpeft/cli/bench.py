@@ -71,7 +71,7 @@ def bench(
       llama-layer     the linears of a Llama-3-8B layer
       llama-saved     bytes they keep for backward
       fused-linear    LoRAFusion's table; fused-linear-full: every 256 rows
-      peers           Liger's and Unsloth's kernels, where they are installed
+      peers           Liger's and Unsloth's kernels; needs CUDA, and one of them installed
 
     \b
     Examples:
@@ -155,13 +155,15 @@ def _measure(
     console: "Console", suites: list[str] | None, quick: bool, output: Path | None,
     device: str, threads: int, limit: float | None,
 ) -> None:  # fmt: skip
-    from fastpeft.benchmark import DEFAULT_SUITES, run
+    from fastpeft.benchmark import DEFAULT_SUITES, run, without_cases
     from fastpeft.cli.models import quiet_libraries, resolve_device
 
-    suites = _known_suites(suites)
+    suites, device = _known_suites(suites), resolve_device(device)
+    if suites and (why := without_cases(suites, quick=quick, device=device)):
+        raise CommandError(f"nothing was measured: {'; '.join(why)}", code=1)
     quiet_libraries()
     report = run(
-        suites or DEFAULT_SUITES, quick=quick, out_dir=output, device=resolve_device(device), threads=threads,
+        suites or DEFAULT_SUITES, quick=quick, out_dir=output, device=device, threads=threads,
         deadline_s=limit, progress=lambda line: console.print(line, style="dim", markup=False, highlight=False),
     )  # fmt: skip
     _show(console, report)
