@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastpeft.benchmark import GPU_SUITES, QUICK, SUITES, Effort, run
+from fastpeft.benchmark import GPU_SUITES, QUICK, SUITES, Effort, run, without_cases
 from fastpeft.benchmark.plots import draw
 
 EFFORT = Effort(budget_s=2.0, warmup=3)  # a GPU that is ours alone is steady, and all of it has to fit into 9 minutes
@@ -17,13 +17,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for <stem>.json, <stem>.md and the pictures")
     parser.add_argument("--stem", default="bench", help="name of the files")
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(GPU_SUITES))
+    parser.add_argument("--suites", nargs="+", choices=SUITES, help="all of a GPU's that have a case here by default")
     parser.add_argument("--quick", action="store_true", help="fewer cases, measured more briefly")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--deadline", type=float, help="begin no case after so many seconds")
     args = parser.parse_args()
+    if args.suites and (why := without_cases(args.suites, quick=args.quick, device=args.device)):
+        print(f"nothing was measured: {'; '.join(why)}", file=sys.stderr)
+        return 1
     report = run(
-        args.suites,
+        args.suites or GPU_SUITES,
         quick=args.quick,
         out_dir=args.out,
         stem=args.stem,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import activation
 
 from fastpeft.tuners.bases import is_linear
 from fastpeft.utils.saved_tensors import Hooks, hooks_around, is_checkpoint
@@ -26,12 +27,19 @@ _AGAIN: dict[str, Callable[[Any], Tensor]] = {
     "GeluBackward0": lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
     "MulBackward0": lambda node: node._saved_self * node._saved_other,
 }
+# torch's activation modules, whose output is an elementwise function of their one input.
+_ELEMENTWISE = tuple(
+    getattr(activation, name)
+    for name in activation.__all__
+    if name not in ("MultiheadAttention", "GLU", "Softmin", "Softmax", "Softmax2d", "LogSoftmax")
+)
 
 
 def recompute_mlp(model: nn.Module, enabled: bool = True) -> int:
     """Let the MLPs of a model keep less for backward, at the price of their elementwise operations once more.
 
-    An MLP is a module with an activation module and at least two linear layers, adapted or not, as direct children.
+    An MLP is a module with an activation module (elementwise, of torch or of transformers) and at least two linear
+    layers, adapted or not, as direct children.
     Gradients are the same to the bit. Under torch.compile nothing changes: the compiler decides itself what to compute
     again. May be called before or after adapters are put on the model, and together with gradient checkpointing.
 
@@ -71,7 +79,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    return isinstance(module, nn.SiLU | nn.GELU) or type(module).__module__ == "transformers.activations"
+    return isinstance(module, _ELEMENTWISE) or type(module).__module__ == "transformers.activations"
 
 
 class _Thread(threading.local):

@@ -111,6 +111,79 @@ def test_the_peak_may_move_within_the_threshold():
     assert compared(peak(1000), peak(1060)).regressions
 
 
+def facts(key: str, **contenders: Any) -> dict[str, Any]:
+    """A case with one fact for each of its contenders, and a time that never changes."""
+    result = layer()
+    for name, value in contenders.items():
+        result["contenders"]["fastpeft" if name == "ours" else name][key] = value
+    return result
+
+
+def gradient(ours: float, peft: float | None = 3e-7) -> dict[str, Any]:
+    contenders = {"ours": {"lora_A": ours, "lora_B": 3e-7}, "peft": {"lora_A": peft, "lora_B": 3e-7}}
+    return facts("gradient_error", **{name: value for name, value in contenders.items() if peft or name == "ours"})
+
+
+def test_errors_against_fp64_are_compared():
+    worse = compared(gradient(3e-7), gradient(3e-4))
+    assert [str(change) for change in worse.regressions] == [
+        "layer bf16 fastpeft: gradient error lora_A 3e-07 -> 0.0003, 99900.0% worse"
+    ]
+    assert worse.exit_code == 1
+    assert figures(compared(gradient(3e-4), gradient(3e-7)).improvements) == {"gradient error lora_A"}
+    routed = compared(facts("output_error", ours=0.004, peft=0.005), facts("output_error", ours=0.011, peft=0.005))
+    assert figures(routed.regressions) == {"output error"}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "count"),
+    [
+        ((3e-7, 3e-7), (5.9e-7, 3e-7), 0),  # within twice: other shapes of products round otherwise
+        ((3e-7, 3e-7), (6.1e-7, 3e-7), 1),
+        ((1e-7, 3e-7), (2.9e-7, 3e-7), 0),  # three times what it was, and still no worse than PEFT's
+        ((1e-7, 3e-7), (3.1e-7, 3e-7), 1),
+        ((3e-7, 3e-7), (4.1e-4, 4e-4), 0),  # PEFT's moved with it: products in another precision
+        ((3e-7, 3e-7), (9e-4, 4e-4), 1),
+        ((0.0, 3e-7), (2e-7, 3e-7), 0),
+        ((0.0, 3e-7), (4e-7, 3e-7), 1),
+        ((3e-7, None), (5.9e-7, None), 0),
+        ((3e-7, None), (6.1e-7, None), 1),
+        ((3e-7, 3e-7), (float("nan"), 3e-7), 1),
+        ((3e-7, 3e-7), (float("inf"), 3e-7), 1),
+        ((3e-7, 3e-7), (float("nan"), float("nan")), 0),
+        ((float("nan"), 3e-7), (float("nan"), 3e-7), 0),
+    ],
+)
+def test_an_error_is_held_against_what_it_was_and_against_pefts(was, now, count):
+    assert len(compared(gradient(*was), gradient(*now)).regressions) == count
+    assert len(compared(gradient(*now), gradient(*was)).improvements) == count
+
+
+def test_errors_of_another_device_need_pefts_beside_them():
+    def elsewhere(was: dict[str, Any], now: dict[str, Any]) -> Comparison:
+        return compare(report(was), report(now, cpu="Another CPU"))
+
+    assert not elsewhere(gradient(3e-7, None), gradient(3e-4, None)).regressions
+    assert elsewhere(gradient(3e-7), gradient(3e-4)).regressions
+
+
+def test_an_error_that_is_no_number_is_read_and_a_regression(tmp_path, capsys):
+    old = str(write(tmp_path / "old.json", report(gradient(3e-7))))
+    new = str(write(tmp_path / "new.json", report(gradient(float("nan")))))
+    assert main(["bench", "--compare", old, new]) == 1
+    assert "REGRESSION  layer bf16 fastpeft: gradient error lora_A 3e-07 -> inf, worse" in capsys.readouterr().out
+
+
+def test_first_steps_are_compared_on_the_same_device():
+    was, within, now = (facts("first_step", ours={"seconds": seconds}) for seconds in (2.0, 2.9, 3.1))
+    assert not compared(was, within).regressions
+    assert figures(compared(was, now).regressions) == {"first step seconds"}
+    assert not compared(was, now, threshold=0.6).regressions
+    assert compare(report(was), report(now, cpu="Another CPU")).exit_code == 0
+    theirs = compared(facts("first_step", peft={"seconds": 2.0}), facts("first_step", peft={"seconds": 9.0}))
+    assert not theirs.regressions
+
+
 def test_cases_without_a_partner_are_named_and_do_not_fail():
     comparison = compare(
         report(layer(), counted("saved", "gone", ours=1, peft=1)), report(layer(), layer() | {"case": "new"})
@@ -124,7 +197,8 @@ def test_a_case_or_contender_that_failed_since_is_a_regression():
     comparison = compared(layer(), broken)
     assert comparison.failures == ["layer bf16: RuntimeError:  [31mno"]
     assert comparison.exit_code == 1
-    assert compared(broken, layer()).exit_code == 0
+    other = counted("saved", "a", ours=1000, peft=9000)
+    assert compare(report(broken, other), report(layer(), other)).exit_code == 0
     without_us = layer()
     del without_us["contenders"]["fastpeft"]
     assert compared(layer(), without_us).failures == ["layer bf16: fastpeft is not measured any more"]
@@ -133,9 +207,20 @@ def test_a_case_or_contender_that_failed_since_is_a_regression():
 def test_cases_of_other_sizes_are_not_compared():
     old, new = timed("layer", "bf16", **BEFORE, M=512), timed("layer", "bf16", **{**BEFORE, "ours": 9.0}, M=4096)
     comparison = compared(old, new)
-    assert comparison.exit_code == 0
-    assert "layer bf16: not the same case: M 512 before, 4096 now" in comparison.notes
-    assert "the reports have no figure in common" in comparison.notes
+    assert comparison.notes == ["layer bf16: not the same case: M 512 before, 4096 now"]
+    assert not comparison.regressions
+    same = counted("saved", "a", ours=1000, peft=9000)
+    assert compare(report(old, same), report(new, same)).exit_code == 0
+
+
+def test_reports_without_a_common_figure_are_no_success(tmp_path, capsys):
+    for new in (report(), report(layer() | {"case": "another"})):
+        comparison = compare(report(layer()), new)
+        assert comparison.exit_code == 1
+        assert comparison.lines()[-1] == "0 figures compared: the reports have none in common, so nothing is known"
+    old, empty = (str(write(tmp_path / f"{len(r)}.json", report(*r))) for r in ([layer()], []))
+    assert main(["bench", "--compare", old, empty]) == 1
+    assert "0 figures compared: the reports have none in common, so nothing is known" in capsys.readouterr().out
 
 
 def test_changed_versions_are_said():
@@ -215,6 +300,17 @@ HOSTILE = {
     "an axis of its own": (mutated(set_in("results", 2, "params", "axis", "Q")), "axis: expected M, r or N"),
     "cases without end": (mutated(set_in("results", [{}] * 5000)), "5000 cases, at most 1000 are read"),
     "a fact that rings": (mutated(set_in("results", -1, "contenders", "peft", "peak", "\a", "1")), "peak. : expected"),
+    "an error of text": (mutated(set_in(*FIRST, "contenders", "peft", "output_error", "1")), "expected a number"),
+    "errors in a list": (mutated(set_in(*FIRST, "contenders", "peft", "gradient_error", [1])), "expected an object"),
+    "a negative error": (
+        mutated(set_in(*FIRST, "contenders", "peft", "gradient_error", {"lora_A": -1.0})),
+        "non-negative finite number",
+    ),
+    "a huge error": (mutated(set_in(*FIRST, "contenders", "peft", "output_error", 10**400)), "finite number"),
+    "a first step of no time": (
+        mutated(set_in(*FIRST, "contenders", "peft", "first_step", {"seconds": 0})),
+        "positive finite number",
+    ),
     "an error that is a list": (mutated(set_in(*FIRST, "error", ["x"])), "error: expected text"),
 }  # fmt: skip
 

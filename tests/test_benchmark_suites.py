@@ -9,9 +9,23 @@ import torch
 from bench_cases import ITSELF, ONCE, TINY_LLAMA, tiny
 
 import fastpeft
-from fastpeft.benchmark import compiled, fresh, groups, host, joint, model, peers, routed, scaling
+from fastpeft.benchmark import (
+    DEFAULT_SUITES,
+    GPU_SUITES,
+    compiled,
+    fresh,
+    groups,
+    host,
+    joint,
+    model,
+    peers,
+    routed,
+    run,
+    scaling,
+    without_cases,
+)
 from fastpeft.benchmark.cases import Effort, measure
-from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE
+from fastpeft.benchmark.libraries import FROZEN, OURS, REFERENCE, available
 
 
 def test_the_frozen_model_passes_a_gradient_down_and_trains_nothing():
@@ -32,6 +46,16 @@ def test_autocast_cases_run_their_products_in_bf16():
     case._step(frozen)()
     assert dtypes == {torch.bfloat16}
     assert case.name == "fp32-autocast-p0.0"
+
+
+@pytest.mark.usefixtures("ops_for_few")
+def test_bytes_kept_with_recompute_mlp_are_counted_beside_those_without():
+    case = tiny(model.SavedModelCase(dtype="bf16", dropout=0.1))
+    facts = case.facts(available())
+    assert set(facts) == {OURS, f"{OURS}+recompute", REFERENCE}
+    own = {name: fact["saved"]["own"] for name, fact in facts.items()}
+    wide = case.batch * case.tokens * TINY_LLAMA.intermediate * 2  # of one tensor in bf16; the activation, the product
+    assert own[OURS] - own[f"{OURS}+recompute"] == 2 * wide * TINY_LLAMA.layers
 
 
 def test_group_members_see_one_x_and_its_gradient_is_their_sum():
@@ -171,6 +195,17 @@ def test_peers_are_listed_where_they_are_installed_and_a_gpu_is_there(monkeypatc
     assert [case.name for case in peers.peer_cases(False, "cuda")] == ["liger-bf16-p0.0"]
     installed.add("unsloth")
     assert [case.name for case in peers.peer_cases(False, "cuda")][-1] == "unsloth-qkv-bf16-p0.0-M8192"
+
+
+def test_a_suite_without_a_case_here_says_why_and_run_passes_over_it(monkeypatch):
+    wanted = "peers needs a CUDA device, and liger_kernel or unsloth: "
+    assert without_cases(["saved", "peers"], device="cpu") == [wanted + "the device is cpu"]
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert without_cases(["peers", "saved"], device="cuda") == [wanted + "neither is installed"]
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name == "unsloth" or None)
+    assert without_cases(GPU_SUITES, device="cuda") == []
+    assert without_cases(DEFAULT_SUITES) == []  # nobody has to name suites
+    assert run(["peers"]).results == []
 
 
 def test_ligers_kernels_go_into_one_model_and_unsloths_get_pefts_layers(monkeypatch):

@@ -59,6 +59,23 @@ def test_benches_run_on_a_cpu_too(tmp_path):
     assert "### saved" in result.stdout
 
 
+def bench_gpu(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "bench" / "gpu.py", "--device", "cpu", "--out", tmp_path, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_suite_without_a_case_is_refused_where_it_is_named_alone(tmp_path):
+    """bench/gpu.sh names none: peers is among its suites whether Liger and Unsloth are installed or not."""
+    named = bench_gpu(tmp_path, "--suites", "saved", "peers", "--quick")
+    assert named.returncode == 1
+    assert named.stderr.count("\n") == 1
+    assert named.stderr.startswith("nothing was measured: peers needs a CUDA device")
+    assert not list(tmp_path.iterdir())
+    not_named = bench_gpu(tmp_path, "--quick", "--deadline", "-1")  # no case is begun
+    assert "### layer" in not_named.stdout
+    assert "peers" not in not_named.stdout + not_named.stderr
+
+
 @pytest.mark.parametrize("script", ["bench/gpu.sh", ".ci/run"])
 def test_scripts_parse(script):
     subprocess.run(["bash", "-n", ROOT / script], check=True)

@@ -87,10 +87,39 @@ def test_an_activation_of_many_small_steps():
     assert_same_bits(gradients(model, "gpt2"), expected)
 
 
+@pytest.mark.usefixtures("ops_for_few")
+@pytest.mark.parametrize("activation", ["relu", "relu6", "sigmoid", "tanh", "hardswish", "leaky_relu", "prelu"])
+def test_llamas_with_a_plain_activation_of_torch(activation):
+    """hidden_act: "relu" and the like give a bare torch module; at least the product is not kept."""
+    torch.manual_seed(0)
+    config = fastpeft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False)
+    llama = tiny_llama(use_cache=False, hidden_act=activation)
+    assert type(llama.model.layers[0].mlp.act_fn).__module__ == "torch.nn.modules.activation"
+    model = fastpeft.get_peft_model(llama, config).train()
+    before, expected = kept(model), gradients(model)
+    assert fastpeft.recompute_mlp(model) == llama.config.num_hidden_layers
+    wide = batch("llama")["input_ids"].numel() * llama.config.intermediate_size * 4
+    assert before - kept(model) >= wide * llama.config.num_hidden_layers
+    assert_same_bits(gradients(model), expected)
+
+
+def test_an_activation_in_place_and_what_is_none():
+    model = nn.Sequential(Mlp(nn.ReLU(inplace=True)))
+    x = torch.randn(2, 3, 4)
+    twin = copy.deepcopy(model)
+    assert fastpeft.recompute_mlp(model) == 1
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    assert_same_bits(*({name: p.grad for name, p in net.named_parameters()} for net in (model, twin)))
+    for other in (nn.Softmax(-1), nn.LogSoftmax(-1), nn.GLU(), nn.MultiheadAttention(4, 2)):
+        with pytest.raises(ValueError, match="has no MLP to recompute"):
+            fastpeft.recompute_mlp(nn.Sequential(Mlp(other)))
+
+
 class Mlp(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, act: nn.Module | None = None) -> None:
         super().__init__()
-        self.gate, self.up, self.down, self.act = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4), nn.SiLU()
+        self.gate, self.up, self.down, self.act = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4), act or nn.SiLU()
         self.fails: BaseException | None = None
 
     def forward(self, x: Tensor) -> Tensor:

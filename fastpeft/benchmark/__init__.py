@@ -120,6 +120,13 @@ def run(
     return report
 
 
+def without_cases(suites: Sequence[str], *, quick: bool = False, device: str = "cpu") -> list[str]:
+    """For each suite that has no case here, why, in one line. `run` passes over such a suite without a word."""
+    why = {"peers": peers.lacking}
+    empty = [name for name in suites if not _cases([name], quick, device)]
+    return [why[name](device) if name in why else f"{name} has no case on {device}" for name in empty]
+
+
 def predict(suites: Sequence[str], ceilings: roofline.Ceilings, *, quick: bool = False) -> Report:
     """The predicted seconds of suites on a GPU that is not here: nothing is run. Cases without a roofline are left out.
 
@@ -160,4 +167,5 @@ __all__ = [
     "saved_bytes",
     "torch_threads",
     "wall_clock",
+    "without_cases",
 ]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.benchmark.cases import DTYPES, Case, Libraries
-from fastpeft.benchmark.libraries import FROZEN, lora_model
+from fastpeft.benchmark.libraries import FROZEN, OURS, lora_model
 from fastpeft.benchmark.memory import saved_bytes
 from fastpeft.benchmark.timing import Step
+from fastpeft.recompute import recompute_mlp
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class ModelCase(Case):
 
 @dataclass(frozen=True)
 class SavedModelCase(ModelCase):
-    """What the forward of that step keeps for its backward."""
+    """What the forward of that step keeps for its backward; ours also under `recompute_mlp`."""
 
     suite: ClassVar[str] = "saved-model"
 
@@ -123,15 +124,21 @@ class SavedModelCase(ModelCase):
         return {}
 
     def facts(self, found: Libraries) -> dict[str, dict[str, Any]]:
-        ids = self.tokens_of_batch()
-        facts: dict[str, dict[str, Any]] = {}
+        facts = {}
         for name, library in found.items():
-            model = self.model(library)
-            there = [*model.parameters(), *model.buffers()]
-            with self.casting():
-                saved = saved_bytes(partial(_loss, model, ids), inputs=[ids], parameters=there)
-            facts[name] = {"saved": {**saved.to_dict(), "own_per_token": saved.own / ids.numel()}}
+            facts[name] = self._kept(self.model(library))
+            if name == OURS:
+                model = self.model(library)
+                recompute_mlp(model)
+                facts[f"{name}+recompute"] = self._kept(model)
         return facts
+
+    def _kept(self, model: nn.Module) -> dict[str, Any]:
+        ids = self.tokens_of_batch()
+        there = [*model.parameters(), *model.buffers()]
+        with self.casting():
+            saved = saved_bytes(partial(_loss, model, ids), inputs=[ids], parameters=there)
+        return {"saved": {**saved.to_dict(), "own_per_token": saved.own / ids.numel()}}
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:

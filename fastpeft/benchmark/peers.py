@@ -81,6 +81,12 @@ class _UnslothQkv(nn.Module):
         return [out[0] for out in self.function(self.layers, x[None], inplace=False)]
 
 
+def lacking(device: str) -> str:
+    """Why `peer_cases` has nothing, in one line."""
+    here = "neither is installed" if torch.device(device).type == "cuda" else f"the device is {device}"
+    return f"peers needs a CUDA device, and liger_kernel or unsloth: {here}"
+
+
 def peer_cases(quick: bool, device: str) -> Iterator[Case]:
     """Nothing on a CPU, and nothing for a package that is not there."""
     if torch.device(device).type != "cuda":

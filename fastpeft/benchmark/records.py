@@ -113,6 +113,7 @@ def _check_result(result: dict[str, Any], where: str) -> None:
         for key in ("saved", "allocator", "peak"):
             for part, value in _dict(contender.get(key, {}), f"{where}: {name}: {key}").items():
                 _number(value, f"{where}: {name}: {key}.{part}")
+        _check_single(contender, f"{where}: {name}")
     for baseline, ratios in _dict(result.get("speedup"), f"{where}: speedup").items():
         _text(baseline, f"{where}: speedup")
         for name, ratio in _dict(ratios, f"{where}: speedup {baseline}").items():
@@ -125,6 +126,18 @@ def _check_result(result: dict[str, Any], where: str) -> None:
             _number(_dict(roofline, f"{where}: roofline").get(key), f"{where}: roofline.{key}", above=0)
         for key in ("kernel_bytes", "predicted_seconds"):  # on a GPU only, and not in older reports
             _number(roofline.get(key, 1.0), f"{where}: roofline.{key}", above=0)
+
+
+def _check_single(contender: dict[str, Any], where: str) -> None:
+    """What comparing reads beside times and bytes. An error against fp64 may be infinite or no number."""
+    first_step = _dict(contender.get("first_step", {}), f"{where}: first_step")
+    if "seconds" in first_step:
+        _number(first_step["seconds"], f"{where}: first_step.seconds", above=0)
+    gradients = _dict(contender.get("gradient_error", {}), f"{where}: gradient_error")
+    for name, error in [*gradients.items(), ("output_error", contender.get("output_error", 0.0))]:
+        _text(name, f"{where}: gradient_error")
+        if not isinstance(error, float) or error < 0:
+            _number(error, f"{where}: error of {name}")
 
 
 def _check_params(params: dict[str, Any], where: str) -> None:

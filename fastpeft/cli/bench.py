@@ -29,10 +29,14 @@ def bench(
     limit: Annotated[float | None, typer.Option(min=1.0, help="Begin no case after so many seconds.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option("--compare", metavar="OLD NEW", help="Compare two bench.json; exit code 1 if NEW is worse."),
+        typer.Option(
+            "--compare",
+            metavar="OLD NEW",
+            help="Compare two bench.json: times, bytes, errors; exit code 1 if NEW is worse or shares no figure.",
+        ),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0.0, max=10.0, help="With --compare: how much worse is a regression, as a share.")
+        float, typer.Option(min=0.0, max=10.0, help="With --compare: how much slower is a regression, as a share.")
     ] = 0.05,
     draw: Annotated[
         Path | None,
@@ -53,7 +57,7 @@ def bench(
       host            one token without gradients: what Python and dispatch cost
       saved           bytes that a layer keeps for backward
       model           a training step of a small Llama, also under bf16 autocast
-      saved-model     bytes that step keeps
+      saved-model     bytes that step keeps, ours also with recompute_mlp
       peak            the most bytes that step holds at once
       first-step      its first step in a fresh process
       scaling         the layer over M, r and N
@@ -67,7 +71,7 @@ def bench(
       llama-layer     the linears of a Llama-3-8B layer
       llama-saved     bytes they keep for backward
       fused-linear    LoRAFusion's table; fused-linear-full: every 256 rows
-      peers           Liger's and Unsloth's kernels, where they are installed
+      peers           Liger's and Unsloth's kernels; needs CUDA, and one of them installed
 
     \b
     Examples:
@@ -151,13 +155,15 @@ def _measure(
     console: "Console", suites: list[str] | None, quick: bool, output: Path | None,
     device: str, threads: int, limit: float | None,
 ) -> None:  # fmt: skip
-    from fastpeft.benchmark import DEFAULT_SUITES, run
+    from fastpeft.benchmark import DEFAULT_SUITES, run, without_cases
     from fastpeft.cli.models import quiet_libraries, resolve_device
 
-    suites = _known_suites(suites)
+    suites, device = _known_suites(suites), resolve_device(device)
+    if suites and (why := without_cases(suites, quick=quick, device=device)):
+        raise CommandError(f"nothing was measured: {'; '.join(why)}", code=1)
     quiet_libraries()
     report = run(
-        suites or DEFAULT_SUITES, quick=quick, out_dir=output, device=resolve_device(device), threads=threads,
+        suites or DEFAULT_SUITES, quick=quick, out_dir=output, device=device, threads=threads,
         deadline_s=limit, progress=lambda line: console.print(line, style="dim", markup=False, highlight=False),
     )  # fmt: skip
     _show(console, report)

@@ -132,6 +132,7 @@ WRONG = [
     (("inspect", "ADAPTER", "--base", "folder"), 2, "holds no model"),
     (("inspect", "ADAPTER", "--base", "broken_model"), 1, "broken_model"),
     (("bench", "speed"), 2, "no suite is called speed"),
+    (("bench", "peers"), 1, "nothing was measured: peers needs a CUDA device, and liger_kernel or unsloth: the device"),
     (("bench", "--output", "file"), 2, "is a file"),
     (("bench", "--threads", 0), 2, "--threads"),
     (("demo", "--output", "file"), 2, "is a file"),
