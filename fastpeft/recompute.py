@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 
 from fastpeft.tuners.bases import is_linear
+from fastpeft.utils.frames import has_ended
 from fastpeft.utils.saved_tensors import Hooks, hooks_around, is_checkpoint
 
 # Name of an autograd node -> its output from what it keeps. Nodes that keep their output (ReLU, tanh) are not here.
@@ -95,19 +96,11 @@ class _Thread(threading.local):
 
     def leave_interrupted(self) -> None:
         """Leave calls that ended without a word: modules call no hook after a KeyboardInterrupt."""
-        while self.entered and _has_ended(self.entered[-1][0]):
+        while self.entered and has_ended(self.entered[-1][0]):
             self.leave()
 
 
 _thread = _Thread()  # of all MLPs: a model that holds it could not be copied or pickled
-
-
-def _has_ended(frame: FrameType) -> bool:
-    try:
-        frame.clear()
-    except RuntimeError:  # it is executing
-        return False
-    return True
 
 
 class _Scope:

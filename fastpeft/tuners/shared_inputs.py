@@ -8,10 +8,12 @@ is known from the source alone.
 
 import copy
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from fastpeft.tuners.bases import is_linear
 from fastpeft.tuners.shared_calls import calls_on_one_variable
+from fastpeft.utils.frames import has_ended
 from fastpeft.utils.saved_tensors import hooks_around, is_checkpoint
 
 
@@ -118,6 +121,7 @@ class InputGroup:
         self._is_open = False
         self._recording = (False, False)
         self._together: _Together | None = None
+        self._call: FrameType | None = None  # of the parent's forward that is running
         self._handles: tuple[Any, ...] = (
             parent.register_forward_pre_hook(self._open),
             parent.register_forward_hook(self._close, always_call=True),
@@ -127,7 +131,12 @@ class InputGroup:
 
     def is_on(self) -> bool:
         """Whether the parent's forward is running, and no part of it by itself; and sharing is not switched off."""
-        return self._is_open and _enabled and _recording() == self._recording
+        if not (self._is_open and _enabled):
+            return False
+        if not torch.compiler.is_compiling() and self._call is not None and has_ended(self._call):
+            self._close(self.parent, (), None)  # nobody told: a KeyboardInterrupt
+            return False
+        return _recording() == self._recording
 
     def name_of(self, layer: nn.Module) -> str | None:
         """The layer's name in the parent; None for one that has left its place there, for a copy, and for one whose
@@ -176,9 +185,13 @@ class InputGroup:
                 layer.input_group = None
 
     def _open(self, parent: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._call = sys._getframe(1)
         self._remember(parent is self.parent, None)
 
     def _close(self, parent: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._call = None
         self._remember(False, None)
 
     def _remember(self, is_open: bool, together: _Together | None) -> None:
@@ -192,6 +205,10 @@ class InputGroup:
             self._recording = _recording()
         self._is_open, self._together = is_open, together
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Closed, whatever runs: a frame cannot be pickled."""
+        return {**self.__dict__, "_is_open": False, "_together": None, "_call": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "InputGroup | None":
         """The copied parent's own group; None where a layer is copied without its parent."""
         parent = memo.get(id(self.parent))
@@ -199,7 +216,7 @@ class InputGroup:
             return None
         group = memo[id(self)] = InputGroup.__new__(InputGroup)
         group.parent, group.names, group._is_open, group._together = parent, self.names, False, None
-        group.columns, group._recording = self.columns, (False, False)
+        group.columns, group._recording, group._call = self.columns, (False, False), None
         group._handles = copy.deepcopy(self._handles, memo)
         return group
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -184,6 +185,26 @@ def test_nothing_is_kept_after_the_forward():
     group = attention_of(model).q.input_group
     assert group._together is None
     assert not group.is_on()
+
+
+def test_nothing_is_kept_after_an_interrupted_forward(ops):
+    """torch calls no hook after a KeyboardInterrupt."""
+    model = adapted()
+
+    def interrupt():
+        attention.between = nothing
+        pickle.dumps(group)  # a forward that runs is no obstacle
+        raise KeyboardInterrupt
+
+    attention, group = attention_of(model), attention_of(model).q.input_group
+    attention.between = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(40, 16))
+    del ops[:]
+    attention.q(torch.randn(40, 16))  # alone, it pays for itself
+    assert ops == [1]
+    assert group._together is None
+    assert pickle.loads(pickle.dumps(group)).names == group.names
 
 
 @pytest.mark.parametrize(
