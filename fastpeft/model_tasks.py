@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpeft.config import PeftConfig
 from fastpeft.peft_model import PeftModel
+from fastpeft.unattended import left_alone
 from fastpeft.utils.frozen_head import rows_of_head_together
 
 
@@ -195,7 +196,8 @@ class _GeneratingModel(_TaskModel):
         base: Any = self.get_base_model()
         if "generation_config" in self.__dict__:
             base.generation_config = self.generation_config
-        with self._enable_peft_forward_hooks(**self._generation_options(args, kwargs)), rows_of_head_together(base):
+        scope = self._enable_peft_forward_hooks(**self._generation_options(args, kwargs))
+        with scope, rows_of_head_together(base), left_alone(base, args, kwargs):
             return base.generate(*args, **self._base_kwargs(kwargs))
 
 

@@ -23,6 +23,7 @@ from fastpeft.persistence import SavedAdapters
 from fastpeft.recognition import recognise_parts, recognised_class
 from fastpeft.routing_scope import is_anothers, is_routed, routed
 from fastpeft.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from fastpeft.unattended import left_alone
 from fastpeft.utils.frozen_head import rows_of_head_together
 from fastpeft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from fastpeft.utils.walks import forget_gradients
@@ -129,9 +130,14 @@ class PeftModel(SavedAdapters, BatchGeneration, nn.Module):
             super().zero_grad(set_to_none)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generate with the active adapters; `adapter_names` as in forward, one for each prompt."""
-        together = rows_of_head_together(self.get_base_model())
-        with self._enable_peft_forward_hooks(**self._generation_options(args, kwargs)), together:
+        """The base model's generate with the active adapters; `adapter_names` as in forward, one for each prompt.
+
+        A call in which no code of the caller's takes part (processors, criteria, streamers, hooks) looks at the modules
+        of the adapters once: what another thread puts in their place by hand meanwhile is seen from the next call on.
+        """
+        base = self.get_base_model()
+        scope = self._enable_peft_forward_hooks(**self._generation_options(args, kwargs))
+        with scope, rows_of_head_together(base), left_alone(base, args, kwargs):
             return self.base_model.generate(*args, **self._base_kwargs(kwargs))
 
     def _generation_options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class _Entered(NamedTuple):
     model: nn.Module | None  # whose forward entered it; None for a block of the user's
     recorded: bool  # whether gradients were recorded
     hooks: Hooks | None  # on what autograd saves
+    call: object | None = None  # of `generate` that nobody attends
 
 
 class _Current(threading.local):
@@ -49,6 +50,22 @@ def entered(routing: Routing | None, model: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         _current.entered = before
+
+
+@contextmanager
+def unattended() -> Iterator[None]:
+    """In this block nothing that this thread runs changes an adapter, under the routing in force."""
+    before = _current.entered
+    _current.entered = before._replace(call=object())
+    try:
+        yield
+    finally:
+        _current.entered = before
+
+
+def unattended_call() -> object | None:
+    """Which block of `unattended` this is; None outside of them."""
+    return _current.entered.call
 
 
 def is_routed() -> bool:

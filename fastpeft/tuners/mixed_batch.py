@@ -42,10 +42,10 @@ def following(model: nn.Module, known: Collection[str], options: Mapping[str, An
 def _reach_checkpoints(model: nn.Module) -> None:
     # Elsewhere nothing is recomputed, unless a model switches gradients on inside; and a walk is long for one token.
     if torch.is_grad_enabled() or model.training:
-        carry_through_checkpoints(all_modules(model, _outside_of_adapters))
+        carry_through_checkpoints(all_modules(model, outside_of_adapters))
 
 
-def _outside_of_adapters(part: nn.Module) -> Iterable[nn.Module | None]:
+def outside_of_adapters(part: nn.Module) -> Iterable[nn.Module | None]:
     """The modules below this one, but for those of adapters, of which there may be thousands."""
     return (part.base_layer,) if isinstance(part, BaseTunerLayer) else part._modules.values()
 

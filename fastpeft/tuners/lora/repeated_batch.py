@@ -5,7 +5,7 @@ product their tables are no longer near the processor. So a layer that meets a b
 rows with a token each after their prompts, remembers what it found: whose factors, and the batched products that add
 them. From then on it asks what may have become different since, of all adapters at once: the modules, what replaces
 their forward, their Parameters and the memory of these. Hooks are looked for again when torch has registered one, on
-whatever it may be.
+whatever it may be. In a call of `generate` that runs nobody's code but the libraries' it asks once (unattended.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.routing import Routing, RoutingTables
+from fastpeft.routing_scope import unattended_call
 from fastpeft.tuners.eligibility import any_watched, hooks_registered, is_ordinary, watched_everywhere
 from fastpeft.utils.saved_tensors import is_dispatch_watched
 from fastpeft_kernels.dispatch import use_triton
@@ -85,6 +86,7 @@ class _Found:
         own, self._pick = layer._modules, _picker(names)
         self._seen, self._adapters_here, self._scaling = seen, len(layer.r), self._pick(layer.scaling)
         self._variants = self._pick(layer.variants)
+        self._held: tuple[object | None, int] = (None, 0)  # in which unattended call, with torch's count of hooks
         self._hooks = self._hooks_then = -1  # torch's count when hooks were looked for in vain: twice, and last time
         self._base, self._modules = own["base_layer"], [self._pick(own[name]._modules) for name in _CONTAINERS]
         self._base_parameters = list(self._base._parameters.values())
@@ -129,6 +131,14 @@ class _Found:
         )
 
     def holds(self, layer: Any) -> bool:
+        now = unattended_call(), hooks_registered()
+        if now[0] is not None and now == self._held:
+            return not watched_everywhere()
+        held = self._holds(layer)
+        self._held = now if held else (None, 0)
+        return held
+
+    def _holds(self, layer: Any) -> bool:
         return (
             layer.cast_input_dtype_enabled
             and len(layer.r) == self._adapters_here
