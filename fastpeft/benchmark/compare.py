@@ -118,13 +118,13 @@ def _compare_case(
             comparison.add(Change(old["suite"], old["case"], contender, figure, was["median"], now["median"], change))
     for contender, figure, one_was, one_now, tolerance in _single(old, new, threshold, same_device):
         comparison.figures += 1
-        change = one_now / one_was - 1 if one_was else float(bool(one_now))
+        change = _change(one_was, one_now)
         if abs(change) > tolerance:
             comparison.add(Change(old["suite"], old["case"], contender, figure, one_was, one_now, change))
     for contender, figure, error_was, error_now, apart in _errors(old, new, same_device):
         comparison.figures += 1
         if apart:
-            change = error_now / error_was - 1 if error_was else math.inf
+            change = _change(error_was, error_now)
             comparison.add(Change(old["suite"], old["case"], contender, figure, error_was, error_now, change))
 
 
@@ -184,8 +184,15 @@ def _errors(
                 yield name, figure, was, now, apart
 
 
+def _change(was: float, now: float) -> float:
+    """Relative; from nothing it is infinite."""
+    return now / was - 1 if was else math.inf if now else 0.0
+
+
 def _above(error: float, other: float, theirs: float | None, theirs_other: float | None) -> bool:
     """Whether an error is too far above the other one; `theirs` and `theirs_other` are PEFT's beside each."""
+    if math.isinf(error):  # whatever became of PEFT's
+        return not math.isinf(other)
     moved = theirs / theirs_other if theirs and theirs_other else 1.0
     return error > ERRORS * other * max(1.0, moved) and error > (theirs or 0.0)
 

@@ -2,15 +2,15 @@
 
 Found in the source of the module that calls them (shared_calls.py). An `InputGroup` acts on what it says only while the
 parent's forward runs and both layers are really handed the same tensor, unchanged. Where torch counts changes, a wrong
-hint costs time and nothing else; where it does not, in inference mode and while compiling, that the tensor is unchanged
-is known from the source alone.
+hint costs time and nothing else. Where it does not, in inference mode and while compiling, only layers are computed
+together of which the source is sure.
 """
 
 import copy
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.tuners.bases import is_linear
+from fastpeft.tuners.bases import Conv1D, is_linear
 from fastpeft.tuners.shared_calls import calls_on_one_variable
 from fastpeft.utils.frames import has_ended
 from fastpeft.utils.saved_tensors import hooks_around, is_checkpoint
@@ -111,11 +111,12 @@ class InputGroup:
     Attributes:
         parent: the module that calls them.
         names: their names in it.
+        sure: those of them that the parent calls on an unchanged tensor for sure, one right after the other.
         columns: of the widest output.
     """
 
-    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
-        self.parent, self.names = parent, names
+    def __init__(self, parent: nn.Module, names: tuple[str, ...], sure: frozenset[str]) -> None:
+        self.parent, self.names, self.sure = parent, names, sure
         layers: list[Any] = [parent._modules[name] for name in names]
         self.columns: int = max(layer.out_features for layer in layers)
         self._is_open = False
@@ -150,11 +151,16 @@ class InputGroup:
 
     def siblings(self, name: str, x: Tensor) -> list[tuple[str, Any]]:
         """The other layers that are called on x next; none of those that somebody else has a hand on."""
-        together = self._together
-        if together is not None and together.x is x and together.outs:
+        together, names = self._together, self.names
+        if _version(x) is None:
+            names = tuple([other for other in names if other in self.sure])
+            members: Any = [self.parent._modules.get(other) for other in names]
+            if name not in names or any(member is None or member._forward_hooks for member in members):
+                return []
+        elif together is not None and together.x is x and together.outs:
             return []  # they were computed, and this one is called a second time
         found = []
-        for other in self.names:
+        for other in names:
             layer: Any = self.parent._modules.get(other)
             if other == name or getattr(layer, "input_group", None) is not self:
                 continue
@@ -215,7 +221,8 @@ class InputGroup:
         if parent is None:
             return None
         group = memo[id(self)] = InputGroup.__new__(InputGroup)
-        group.parent, group.names, group._is_open, group._together = parent, self.names, False, None
+        group.parent, group.names, group.sure = parent, self.names, self.sure
+        group._is_open, group._together = False, None
         group.columns, group._recording, group._call = self.columns, (False, False), None
         group._handles = copy.deepcopy(self._handles, memo)
         return group
@@ -229,10 +236,19 @@ def regroup(model: nn.Module, layer_cls: type[nn.Module]) -> None:
         adapted = {name for name, child in parent._modules.items() if isinstance(child, layer_cls)}
         if len(adapted) < 2:
             continue
-        for names in calls_on_one_variable(kind):
-            for present in _runs(parent, names, adapted):
+        runs = calls_on_one_variable(kind)
+        sure = [adapted.intersection(run.names) for run in runs if run.is_sure and _are_linear(parent, run.names)]
+        for run in runs:
+            for present in () if run.is_sure else _runs(parent, run.names, adapted):
                 adapted.difference_update(present)  # a layer is in one group only
-                InputGroup(parent, present)
+                best = max((part & set(present) for part in sure), key=len, default=set())
+                InputGroup(parent, present, frozenset(best))
+
+
+def _are_linear(parent: nn.Module, names: Iterable[str]) -> bool:
+    """Whether all of them are linear layers, adapted or not: what others return may be the memory of their input."""
+    layers = [parent._modules.get(name) for name in names]
+    return all(type(getattr(layer, "base_layer", layer)) in (nn.Linear, Conv1D) for layer in layers)
 
 
 def _runs(parent: nn.Module, names: tuple[str, ...], adapted: set[str]) -> Iterator[tuple[str, ...]]:
