@@ -46,7 +46,7 @@ def _runs_of_class(cls: type[nn.Module]) -> Iterator[Run]:
             continue
         for name, member in vars(klass).items():
             function = getattr(member, "fget", member)
-            if not inspect.isroutine(function):
+            if not inspect.isroutine(function) or name.startswith("__annotate"):  # which newer Pythons generate
                 continue
             definition = _definition(function)
             if definition is None:
@@ -172,20 +172,7 @@ def _changed(node: ast.AST) -> set[str]:
 
 # Sure runs.
 
-_RESHAPING = {
-    "view",
-    "reshape",
-    "transpose",
-    "permute",
-    "flatten",
-    "unflatten",
-    "contiguous",
-    "unsqueeze",
-    "float",
-    "to",
-}
-
-
+_RESHAPING = {"view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze", "contiguous", "to"}
 _TORCH = {"F", "nn", "torch"}
 
 
@@ -243,9 +230,7 @@ class _Window:
             if self._submodule(node) is not None:
                 return True
             if isinstance(node.func, ast.Attribute) and node.func.attr in _RESHAPING:
-                return self._is_made(node.func.value) and not any(
-                    isinstance(part, ast.Call | ast.NamedExpr) for size in node.args for part in ast.walk(size)
-                )
+                return self._is_made(node.func.value) and all(map(_is_size, node.args))
             made = [self._is_made(value) for value in node.args if not isinstance(value, ast.Constant)]
             return any(made) and all(made) and not node.keywords and self._is_module_or_function(node.func)
         if isinstance(node, ast.BinOp):
@@ -253,9 +238,7 @@ class _Window:
         if isinstance(node, ast.Tuple):
             return all(map(self._is_made, node.elts))
         if isinstance(node, ast.Subscript):
-            return self._is_made(node.value) and not any(
-                isinstance(part, ast.Call | ast.NamedExpr) for part in ast.walk(node.slice)
-            )
+            return self._is_made(node.value) and _is_size(node.slice)
         return False
 
     def _is_number(self, node: ast.AST) -> bool:
@@ -296,6 +279,12 @@ def _plain_targets(statement: ast.stmt) -> set[str] | None:
         return None
     targets = [part for target in getattr(statement, "targets", ()) for part in getattr(target, "elts", (target,))]
     return {part.id for part in targets} if all(isinstance(part, ast.Name) for part in targets) else None
+
+
+def _is_size(node: ast.AST) -> bool:
+    """Whether nobody is called to work it out, but to ask for a fact."""
+    called = [getattr(part, "func", None) for part in ast.walk(node) if isinstance(part, ast.Call | ast.NamedExpr)]
+    return all(isinstance(function, ast.Attribute) and function.attr in _FACTS for function in called)
 
 
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:

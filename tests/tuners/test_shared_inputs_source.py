@@ -66,7 +66,7 @@ class OfNoConcern(nn.Module):
         shape = (*x.shape[:-1], -1, 8)
         q = self.q(x).view(shape).transpose(1, 2) * self.scaling
         q = self.norm(q)
-        k, v = self.k(x).reshape(*shape), self.v(x)[..., None]
+        k, v = self.k(x).reshape(x.size(0), *shape[1:]), self.v(x)[..., None]
         w = torch.nn.functional.silu(self.w(x)) * v
         return self.o(q @ k + w)
 
