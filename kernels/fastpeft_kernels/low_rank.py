@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpeft_kernels.dispatch import MOST_ELEMENTS
 from fastpeft_kernels.masks import MASK_BITS, apply_mask
 from fastpeft_kernels.scratch import scratch
 
@@ -168,8 +169,8 @@ def _is_thin(A: Tensor) -> bool:
 
 
 def _product(x: Tensor, A: Tensor, scale: float) -> Tensor:
-    """scale · x Aᵀ, contiguous."""
-    if _is_thin(A):
+    """scale · x Aᵀ, contiguous. Few rows have the same bits as where torch differentiates (dispatch.are_few)."""
+    if _is_thin(A) and x.numel() > MOST_ELEMENTS:
         return torch.mm(A, x.t()).mul_(scale).t().contiguous()
     return F.linear(x, A).mul_(scale)
 

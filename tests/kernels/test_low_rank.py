@@ -11,8 +11,10 @@ RANKS = [1, 8, low_rank.THIN, 40]  # thin ones are multiplied as rows of the tra
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 
 
-@pytest.fixture(params=["one tile", "tiles"])
+@pytest.fixture(params=["one tile", "tiles", "few"])
 def _tiles(request, monkeypatch):
+    if request.param != "few":
+        monkeypatch.setattr(low_rank, "MOST_ELEMENTS", 0)
     if request.param == "tiles":
         monkeypatch.setattr(low_rank, "TILE", 64 * 64)
         monkeypatch.setattr(low_rank, "TILE_COLUMNS", 64)
