@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from fastpeft.config import PeftConfig
 from fastpeft.peft_model import PeftModel
-from fastpeft.unattended import left_alone
-from fastpeft.utils.frozen_head import rows_of_head_together
 
 
 class _TaskModel(PeftModel):
@@ -196,8 +194,7 @@ class _GeneratingModel(_TaskModel):
         base: Any = self.get_base_model()
         if "generation_config" in self.__dict__:
             base.generation_config = self.generation_config
-        scope = self._enable_peft_forward_hooks(**self._generation_options(args, kwargs))
-        with scope, rows_of_head_together(base), left_alone(base, args, kwargs):
+        with self._generation(args, kwargs):
             return base.generate(*args, **self._base_kwargs(kwargs))
 
 

@@ -135,10 +135,15 @@ class PeftModel(SavedAdapters, BatchGeneration, nn.Module):
         A call in which no code of the caller's takes part (processors, criteria, streamers, hooks) looks at the modules
         of the adapters once: what another thread puts in their place by hand meanwhile is seen from the next call on.
         """
+        with self._generation(args, kwargs):
+            return self.base_model.generate(*args, **self._base_kwargs(kwargs))
+
+    @contextmanager
+    def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         base = self.get_base_model()
         scope = self._enable_peft_forward_hooks(**self._generation_options(args, kwargs))
         with scope, rows_of_head_together(base), left_alone(base, args, kwargs):
-            return self.base_model.generate(*args, **self._base_kwargs(kwargs))
+            yield
 
     def _generation_options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What of a call of `generate` says which rows it has, how often they are repeated, and for which adapters."""

@@ -116,16 +116,12 @@ def _compare_case(
         apart = now["q3"] < was["q1"] or now["q1"] > was["q3"]
         if apart and abs(change) > threshold:
             comparison.add(Change(old["suite"], old["case"], contender, figure, was["median"], now["median"], change))
-    for contender, figure, one_was, one_now, tolerance in _single(old, new, threshold, same_device):
-        comparison.figures += 1
-        change = _change(one_was, one_now)
-        if abs(change) > tolerance:
-            comparison.add(Change(old["suite"], old["case"], contender, figure, one_was, one_now, change))
-    for contender, figure, error_was, error_now, apart in _errors(old, new, same_device):
+    single = (*_single(old, new, threshold, same_device), *_errors(old, new, same_device))
+    for contender, figure, one_was, one_now, apart in single:
         comparison.figures += 1
         if apart:
-            change = _change(error_was, error_now)
-            comparison.add(Change(old["suite"], old["case"], contender, figure, error_was, error_now, change))
+            change = _change(one_was, one_now)
+            comparison.add(Change(old["suite"], old["case"], contender, figure, one_was, one_now, change))
 
 
 def _spreads(
@@ -148,9 +144,9 @@ def _spreads(
 
 def _single(
     old: dict[str, Any], new: dict[str, Any], threshold: float, same_device: bool
-) -> Iterator[tuple[str, str, float, float, float]]:
-    """(contender, figure, old, new, tolerance) of what is measured once: the bytes that we keep for backward and that a
-    step holds at its peak, the seconds of a first step.
+) -> Iterator[tuple[str, str, float, float, bool]]:
+    """(contender, figure, old, new, whether they are apart) of what is measured once: the bytes that we keep for
+    backward and that a step holds at its peak, the seconds of a first step.
     """
     tolerances = {
         ("saved", "own"): 0.0, ("saved", "by_reference"): 0.0, ("peak", "bytes"): threshold,
@@ -161,7 +157,7 @@ def _single(
             was = contender.get(key, {}).get(part)
             now = new["contenders"].get(name, {}).get(key, {}).get(part)
             if is_ours(name) and was is not None and now is not None and (same_device or key != "first_step"):
-                yield name, f"{key} {part}".replace("_", " "), was, now, tolerance
+                yield name, f"{key} {part}".replace("_", " "), was, now, abs(_change(was, now)) > tolerance
 
 
 def _errors(

@@ -152,18 +152,21 @@ def _handed_on(node: ast.AST, this: str) -> set[str]:
 
 def _is_submodule_call(node: ast.Call, this: str) -> bool:
     """self.submodule(variable)"""
-    function = node.func
-    of_this = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == this
-    return of_this and len(node.args) == 1 and isinstance(node.args[0], ast.Name) and not node.keywords
+    one = len(node.args) == 1 and isinstance(node.args[0], ast.Name) and not node.keywords
+    return one and _attribute(node.func, this) is not None
+
+
+def _attribute(node: ast.AST, this: str) -> str | None:
+    """name, of self.name"""
+    of_this = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == this
+    return node.attr if of_this else None  # type: ignore[attr-defined]
 
 
 def _changed(node: ast.AST) -> set[str]:
     """The variables that running `node` binds anew or changes in place: x = ..., x[0] = ..., x.add_(...)."""
-    changed = set()
+    changed = _stored(node)
     for part in ast.walk(node):
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store | ast.Del):
-            changed.add(part.id)
-        elif isinstance(part, ast.Subscript | ast.Attribute) and isinstance(part.value, ast.Name):
+        if isinstance(part, ast.Subscript | ast.Attribute) and isinstance(part.value, ast.Name):
             in_place = isinstance(part, ast.Attribute) and part.attr.endswith("_")
             if in_place or isinstance(part.ctx, ast.Store | ast.Del):
                 changed.add(part.value.id)
@@ -201,7 +204,9 @@ class _Window:
 
     def _variables(self, statement: ast.stmt) -> set[str | None]:
         """What submodules are called on."""
-        calls = (part for part in ast.walk(statement) if isinstance(part, ast.Call) and self._attribute(part.func))
+        calls = (
+            part for part in ast.walk(statement) if isinstance(part, ast.Call) and _attribute(part.func, self.this)
+        )
         return {value.id for call in calls for value in call.args if isinstance(value, ast.Name)}
 
     def _names_from(self, block: list[ast.stmt]) -> tuple[tuple[str, ...], int]:
@@ -243,22 +248,22 @@ class _Window:
 
     def _is_number(self, node: ast.AST) -> bool:
         """A constant, or what the module holds, to be multiplied by."""
-        name = self._attribute(node)
+        name = _attribute(node, self.this)
         return isinstance(node, ast.Constant) or (name is not None and not hasattr(self.cls, name))
 
     def _submodule(self, node: ast.AST) -> str | None:
         """name, of a call self.name(variable) on the variable of this window."""
-        if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
+        if not isinstance(node, ast.Call) or not _is_submodule_call(node, self.this):
             return None
-        argument, name = node.args[0], self._attribute(node.func)
-        if name is None or hasattr(self.cls, name) or not isinstance(argument, ast.Name) or argument.id in self.made:
+        variable, name = node.args[0].id, node.func.attr  # type: ignore[attr-defined]
+        if hasattr(self.cls, name) or variable in self.made:
             return None
-        self.variable = self.variable or argument.id
-        return name if argument.id == self.variable else None
+        self.variable = self.variable or variable
+        return name if variable == self.variable else None
 
     def _is_module_or_function(self, node: ast.AST) -> bool:
         """self.name that is no method of the class, or a function of torch's that changes nothing in place."""
-        name = self._attribute(node)
+        name = _attribute(node, self.this)
         if name is not None:
             return not hasattr(self.cls, name)
         if not isinstance(node, ast.Attribute) or node.attr.endswith("_"):
@@ -266,11 +271,6 @@ class _Window:
         while isinstance(node, ast.Attribute):
             node = node.value
         return isinstance(node, ast.Name) and node.id in _TORCH - self.bound
-
-    def _attribute(self, node: ast.AST) -> str | None:
-        """name, of self.name"""
-        of_this = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.this
-        return node.attr if of_this else None  # type: ignore[attr-defined]
 
 
 def _plain_targets(statement: ast.stmt) -> set[str] | None:
@@ -303,8 +303,4 @@ def _uses(definition: ast.FunctionDef) -> Counter[str]:
     this = definition.args.args[0].arg
     read = [part for part in ast.walk(definition) if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Load)]
     inner = {id(part.value) for part in read}
-    return Counter(
-        part.attr
-        for part in read
-        if id(part) not in inner and isinstance(part.value, ast.Name) and part.value.id == this
-    )
+    return Counter(part.attr for part in read if id(part) not in inner and _attribute(part, this))
