@@ -7,12 +7,14 @@ from fastpeft_kernels.lora import lora_add, lora_linear
 from fastpeft_kernels.lora_group import LoraOperands, lora_group
 from fastpeft_kernels.routed import expand_routed, lora_routed, shrink_routed
 from fastpeft_kernels.routed_columns import gather_routed, scale_routed
+from fastpeft_kernels.routed_group import RoutedOperands, lora_routed_group
 from fastpeft_kernels.scale import scale_columns, scale_linear
 
 __all__ = [
     "Backend",
     "LoraOperands",
     "Product",
+    "RoutedOperands",
     "backend",
     "current_backend",
     "current_product",
@@ -25,6 +27,7 @@ __all__ = [
     "lora_group",
     "lora_linear",
     "lora_routed",
+    "lora_routed_group",
     "product",
     "scale_columns",
     "scale_linear",

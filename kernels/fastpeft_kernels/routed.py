@@ -34,6 +34,7 @@ from fastpeft_kernels.routed_ops import (
     run_shrink,
 )
 from fastpeft_kernels.routes import (
+    check_base,
     check_factors,
     check_mask,
     check_pairs,
@@ -143,8 +144,7 @@ def lora_routed(
         S = shrink_routed(x, As, scales, rows, starts, weights, mask)
         return expand_routed(base, S, Bs, rows, starts)
     x = routed_input(x, As)
-    if base.ndim != 2 or base.shape[0] != x.shape[0]:
-        raise ValueError(f"base must be (M, N) of x's {x.shape[0]} rows; got {tuple(base.shape)}")
+    check_base(base, x)
     check_pairs(As, Bs, x.shape[1], base.shape[1])
     check_routing(x, len(As), rows, starts, weights)
     check_scales(scales, As)

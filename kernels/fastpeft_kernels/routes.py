@@ -60,6 +60,11 @@ def _have(factors: Sequence[Tensor], dim: int, columns: int) -> bool:
     return set(map(Tensor.size, factors, repeat(dim))) == {columns}
 
 
+def check_base(base: Tensor, x: Tensor) -> None:
+    if base.ndim != 2 or base.shape[0] != x.shape[0]:
+        raise ValueError(f"base must be (M, N) of x's {x.shape[0]} rows; got {tuple(base.shape)}")
+
+
 def check_pairs(As: Sequence[Tensor], Bs: Sequence[Tensor], K: int, N: int) -> None:
     """A (r_j, K) and B (N, r_j) of one dtype for every slot."""
     if not torch.compiler.is_compiling() and As and _all_alike([*As, *Bs]):

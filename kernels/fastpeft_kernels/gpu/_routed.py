@@ -1,6 +1,7 @@
 """Kernels of fastpeft_kernels.routed.
 
-    shrink   S = weight · scale · drop(x) A_jᵀ          one pass over x; few rows split K over planes of partial sums
+    shrink   S = weight · scale · drop(x) A_jᵀ          one pass over x; few rows split K over planes of partial sums;
+                                                        one launch for all layers that share x
     expand   out = base + drop(factor · S B_jᵀ)         one pass over out for each pass of the routing
     outer    S_jᵀ drop(x) for every slot j              one pass over x: planes of bands of a slot's rows, and their sum
 
@@ -35,17 +36,21 @@ SUM_BLOCK = 1024  # elements of a gradient that a program sums over planes
 @triton.jit
 def _routed_shrink_kernel(
     x_ptr, table_ptr, rows_ptr, starts_ptr, weights_ptr, mask_ptr, s_ptr,
-    # (M, K), a bank of (r_j, K), (P, M), (P, A + 1), (P, M), (M, ⌈K / 32⌉), (splits, P, M, R)
-    M, K, R, A, P, rank_blocks, k_per_split,
+    # (M, K), a bank of (r_j, K), (P, M), (P, A + 1), (P, M), (M, ⌈K / 32⌉), (splits, members, P, M, R)
+    M, K, R, A, P, members, rank_blocks, k_per_split,
     stride_xm, stride_xk, stride_mask,
     DTYPE: tl.constexpr, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    tile, first_r = tl.program_id(0) // rank_blocks, tl.program_id(0) % rank_blocks * BLOCK_R
+    """The bank holds the slots of one member after the other, each of them A."""
+    blocks = members * rank_blocks
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # those of a tile run together: caches hold x
+    member, first_r = block // rank_blocks, block % rank_blocks * BLOCK_R
     p, split = tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot, begin, end = find_tile(starts_ptr + p * (A + 1), tile, M, A, BLOCK_M)
     if begin >= end:
         return
+    slot = tl.where(slot < A, member * A + slot, members * A)
     a_ptr, r = load_factor(table_ptr, slot, DTYPE, LAYOUT, ALIGNED)
     lines = begin + tl.arange(0, BLOCK_M)
     mask_m = lines < end
@@ -67,36 +72,47 @@ def _routed_shrink_kernel(
     acc *= load_scale(table_ptr, slot)
     if HAS_WEIGHTS:
         acc *= tl.load(weights_ptr + p * M + lines, mask=mask_m, other=0.0)[:, None]
-    s_ptrs = s_ptr + ((split * P + p) * M + lines)[:, None] * R + offs_r[None, :]
+    s_ptrs = s_ptr + (((split * members + member) * P + p) * M + lines)[:, None] * R + offs_r[None, :]
     tl.store(s_ptrs, round_to(acc, s_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_r < R)[None, :])
 
 
 def routed_shrink_planes(
-    x: Tensor, bank: Bank, rows: Tensor, starts: Tensor, weights: Tensor | None, mask: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    bank: Bank,
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    members: int = 1,
 ) -> Tensor:
-    """S by entry: (1, P, M, R) in `dtype`, or fp32 planes (splits, P, M, R) whose sum is S.
+    """S by entry: (1, members · P, M, R) in `dtype`, or fp32 planes (splits, members · P, M, R) whose sum is S.
 
-    Few rows split K, so that the whole GPU reads the factors.
+    Few rows split K, so that the whole GPU reads the factors. The bank has the slots of all members, one after the
+    other; each member's S has the bits that it has alone.
     """
     (P, M), K, R = rows.shape, x.shape[1], bank.largest
+    slots = bank.slots // members
     t = routed_tile("shrink", M)
     _, splits, k_per_split = split_columns(M, K, t)
-    S = torch.empty((splits, P, M, R), dtype=dtype if splits == 1 else torch.float32, device=x.device)
+    dtype = dtype if splits == 1 else torch.float32
+    S = torch.empty((splits, members * P, M, R), dtype=dtype, device=x.device)
     if S.numel():
         rank_blocks = triton.cdiv(R, t.BLOCK_R)
         with torch.cuda.device_of(x):
-            _routed_shrink_kernel[(_tiles(M, bank, t.BLOCK_M) * rank_blocks, P, splits)](
+            _routed_shrink_kernel[(_tiles(M, slots, t.BLOCK_M) * members * rank_blocks, P, splits)](
                 x, bank.table, rows, starts, x if weights is None else weights, x if mask is None else mask, S,
-                M, K, R, bank.slots, P, rank_blocks, k_per_split, *x.stride(), 0 if mask is None else mask.stride(0),
+                M, K, R, slots, P, members, rank_blocks, k_per_split,
+                *x.stride(), 0 if mask is None else mask.stride(0),
                 bank.dtype, bank.layout, bank.aligned, weights is not None, mask is not None,
                 t.BLOCK_M, t.BLOCK_C, t.BLOCK_R, num_warps=t.num_warps, num_stages=t.num_stages,
             )  # fmt: skip
     return S
 
 
-def _tiles(M: int, bank: Bank, rows: int) -> int:
+def _tiles(M: int, slots: int, rows: int) -> int:
     """How many numbers `find_tile` may be asked for."""
-    return M // rows + bank.slots + 1
+    return M // rows + slots + 1
 
 
 @triton.jit
@@ -168,7 +184,7 @@ def routed_expand(
     if not out.numel():
         return out
     total = out if P == 1 or dtype == torch.float32 else torch.empty((M, N), dtype=torch.float32, device=S.device)
-    grid = (_tiles(M, bank, t.BLOCK_M), triton.cdiv(N, t.BLOCK_C))
+    grid = (_tiles(M, bank.slots, t.BLOCK_M), triton.cdiv(N, t.BLOCK_C))
     for p in range(P):
         written = out if p == P - 1 else total
         with torch.cuda.device_of(S):
@@ -269,7 +285,7 @@ def routed_outer(
     t = routed_tile("outer", M)
     strips, rank_blocks = triton.cdiv(C, t.BLOCK_C), triton.cdiv(R, t.BLOCK_R)
     _, band = row_bands(M, strips * rank_blocks, t.BLOCK_M)
-    bands = _tiles(M, bank, band)
+    bands = _tiles(M, bank.slots, band)
     planes = torch.empty((P, bands, R * C), dtype=torch.float32, device=x.device)
     if planes.numel():
         with torch.cuda.device_of(x):

@@ -1,4 +1,4 @@
-"""The ops of fastpeft_kernels.routed on the kernels of _routed.py.
+"""The ops of fastpeft_kernels.routed and routed_group on the kernels of _routed.py.
 
 Launches, whatever the number of slots, for a routing of one pass: shrink and expand forward; dS, planes of dB and their
 sum for `expand`'s backward; planes of dA, their sum and dx for `shrink`'s. Where few rows split K, shrink leaves planes
@@ -17,6 +17,7 @@ from fastpeft_kernels.gpu._bank import BY_COLUMN, BY_RANK, factor_bank
 from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu._routed import routed_expand, routed_outer, routed_shrink_planes
+from fastpeft_kernels.routed_group import RoutedOperands
 from fastpeft_kernels.routes import parted
 from fastpeft_kernels.tiles import ROUTED_TILES, RoutedKernel, Tile
 
@@ -84,6 +85,19 @@ def lora(
     return routed_expand(base, S, factor_bank(Bs, 1), rows, starts, base.dtype, base.shape[1])
 
 
+def lora_group(
+    x: Tensor, members: Sequence[RoutedOperands], rows: Tensor, starts: Tensor, weights: Tensor | None
+) -> list[Tensor]:
+    As = [A for member in members for A in member.As]
+    bank = factor_bank(As, 0, [scale for member in members for scale in member.scales])
+    S = routed_shrink_planes(x, bank, rows, starts, weights, None, As[0].dtype, len(members))
+    parts = S.split(len(rows), dim=1)
+    return [
+        routed_expand(m.base, part, factor_bank(m.Bs, 1), rows, starts, m.base.dtype, m.base.shape[1])
+        for m, part in zip(members, parts, strict=True)
+    ]
+
+
 # What the compile tests build: every tile as both passes use it, for the products' two number formats forward, and for
 # the 16-bit factors of decoding.
 
@@ -125,7 +139,7 @@ def _case(kernel: RoutedKernel, rows: str, t: Tile, mix: tuple[str, str], use: s
     }
     return CompileCase(
         f"{kernel}-{use}-{rows}-{wide}-{narrow}", fn, signature, constexprs, t.num_warps, t.num_stages,
-        dot_rows=t.BLOCK_C if kernel == "outer" else t.BLOCK_M, unaligned=("R", "A", "starts_ptr"),
+        dot_rows=t.BLOCK_C if kernel == "outer" else t.BLOCK_M, unaligned=("R", "A", "members", "starts_ptr"),
     )  # fmt: skip
 
 

@@ -1,0 +1,62 @@
+"""The low-rank parts of layers that share their input, q, k and v or gate and up, in a batch of mixed adapters.
+
+What `fastpeft_kernels.routed` computes for one layer, for several of them: one launch makes S of all, one more a layer
+adds onto its base's output. For n layers that is n + 1 launches instead of 2n, whatever the number of adapters
+(tests/kernels/test_routed_group.py); in decoding launches are what such a layer costs. Traffic is that of the layers by
+themselves, but for x, of which the layers' programs read one tile at a time together.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpeft_kernels.dispatch import no_autocast, use_triton
+from fastpeft_kernels.routed import lora_routed
+from fastpeft_kernels.routes import check_base, check_pairs, check_routing, check_scales, routed_input
+
+
+class RoutedOperands(NamedTuple):
+    """What one layer needs beside its input: arguments of `lora_routed`."""
+
+    base: Tensor
+    As: Sequence[Tensor]
+    Bs: Sequence[Tensor]
+    scales: Sequence[float]
+
+
+def lora_routed_group(
+    x: Tensor, members: Sequence[RoutedOperands], rows: Tensor, starts: Tensor, weights: Tensor | None = None
+) -> list[Tensor]:
+    """`lora_routed` of each member on the same x and routing, without dropout.
+
+    In one op where kernels compute and no gradient is recorded; one after the other elsewhere, with the same bits.
+
+    Args:
+        x: (M, K), any strides.
+        members: at least one, each with as many slots; their adapters are of one dtype.
+        rows, starts, weights: the routing, as in `fastpeft_kernels.routed`.
+
+    Returns:
+        One (M, N_i) a member, in its base's dtype, contiguous. Differentiable as `lora_routed` is.
+
+    Raises:
+        ValueError: no members, their adapters differ in dtype, or one does not fit (as for `lora_routed`).
+    """
+    if not members:
+        raise ValueError("lora_routed_group needs at least one member, got none")
+    x = routed_input(x, members[0].As)
+    for member in members:
+        check_base(member.base, x)
+        check_pairs(member.As, member.Bs, x.shape[1], member.base.shape[1])
+        check_routing(x, len(member.As), rows, starts, weights)
+        check_scales(member.scales, member.As)
+    if len(dtypes := {member.As[0].dtype for member in members}) > 1:
+        raise ValueError(f"the adapters of a group must be of one dtype; got {', '.join(sorted(map(str, dtypes)))}")
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not use_triton(x, members[0].As[0]):
+        return [lora_routed(base, x, As, Bs, scales, rows, starts, weights) for base, As, Bs, scales in members]
+    from fastpeft_kernels.gpu import routed as gpu  # triton is imported when first needed
+
+    with no_autocast(x):
+        return gpu.lora_group(x, members, rows, starts, weights)
