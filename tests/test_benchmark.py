@@ -157,6 +157,7 @@ ELSEWHERE = (
     "own-gemm",
     "punica",
     "vllm-lora",
+    "routed-groups",
     "peers",
     "peak",
     "first-step",

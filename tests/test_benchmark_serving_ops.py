@@ -10,12 +10,24 @@ from bench_cases import CEILINGS, ONCE
 from fastpeft.benchmark import GPU_SUITES, SUITES, serving_ops
 from fastpeft.benchmark.cases import measure
 from fastpeft.benchmark.libraries import FROZEN, OURS
-from fastpeft.benchmark.serving_ops import GATHER, LOOP, POPULARITIES, PunicaCase, VllmLoraCase, lengths, route
+from fastpeft.benchmark.serving_ops import (
+    GATHER,
+    LOOP,
+    POPULARITIES,
+    SEPARATE,
+    PunicaCase,
+    RoutedGroupCase,
+    VllmLoraCase,
+    lengths,
+    route,
+)
 
 
 def tiny(case):
     if isinstance(case, PunicaCase):
         return dataclasses.replace(case, batch=min(case.batch, 7), h1=40, h2=24, r=4, dtype="fp32")
+    if isinstance(case, RoutedGroupCase):
+        return dataclasses.replace(case, rows=7, K=32, widths=(24, 8, 8), r=4, dtype="fp32")
     return dataclasses.replace(case, M=min(case.M, 9), hidden=32, r=4, dtype="fp32")
 
 
@@ -69,9 +81,23 @@ def test_vllms_contenders_compute_the_same(op):
     assert len(Counter(case.slots())) > 1
 
 
-@pytest.mark.parametrize("suite", ["punica", "vllm-lora"])
-def test_the_suite_runs_and_says_what_it_must_move(suite, monkeypatch):
-    for kind in (PunicaCase, VllmLoraCase):
+def test_contenders_of_groups_compute_the_same():
+    case = tiny(RoutedGroupCase(3))
+    seeded = {}
+    for name in (OURS, SEPARATE, FROZEN):  # on operands that every call of `steps` draws
+        torch.manual_seed(0)
+        seeded[name] = case.steps({})[name]()
+    assert [out.shape for out in seeded[OURS]] == [(7, 24), (7, 8), (7, 8)]
+    for ours, separate, frozen in zip(*(seeded[name] for name in (OURS, SEPARATE, FROZEN)), strict=True):
+        torch.testing.assert_close(ours, separate)
+        assert not torch.allclose(ours, frozen)
+
+
+@pytest.mark.parametrize(
+    ("suite", "baseline"), [("punica", LOOP), ("vllm-lora", LOOP), ("routed-groups", SEPARATE)], ids=str
+)
+def test_the_suite_runs_and_says_what_it_must_move(suite, baseline, monkeypatch):
+    for kind in (PunicaCase, VllmLoraCase, RoutedGroupCase):
         monkeypatch.setattr(kind, "effort", None)
     cases = list(SUITES[suite](False, "cpu"))
     assert suite in GPU_SUITES
@@ -79,7 +105,7 @@ def test_the_suite_runs_and_says_what_it_must_move(suite, monkeypatch):
     for case in map(tiny, cases[:5]):
         result = measure(case, {}, ONCE, CEILINGS)
         assert result.error is None, result.error
-        assert OURS in result.speedup[LOOP]
+        assert OURS in result.speedup[baseline]
         assert result.roofline["seconds"] > 0
 
 
@@ -89,3 +115,5 @@ def test_each_distinct_adapter_is_counted_once():
     shrink, expand = (VllmLoraCase(op, 64, 4096).work().adapter_bytes for op in ("shrink", "expand"))
     assert expand - shrink == 2 * 64 * 4096
     assert serving_ops.PunicaCase("distinct", 64).params["adapters"] == 64
+    groups = [RoutedGroupCase(adapters).work().adapter_bytes for adapters in (8, 64)]
+    assert groups[1] - groups[0] == 56 * 2 * 16 * (3 * 4096 + 6144)

@@ -57,6 +57,7 @@ SUITES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
     "own-gemm": own_gemm.own_gemm_cases,
     "punica": serving_ops.punica_cases,
     "vllm-lora": serving_ops.vllm_lora_cases,
+    "routed-groups": serving_ops.routed_group_cases,
     "peers": peers.peer_cases,
 }
 DEFAULT_SUITES = (
@@ -65,8 +66,8 @@ DEFAULT_SUITES = (
 )  # fmt: skip
 # The tables with targets first; the ones that take long, or that touch other libraries, last.
 GPU_SUITES = (
-    "llama-layer", "llama-saved", "fused-linear", "own-gemm", "punica", "vllm-lora", "groups", "host", "model", "peak",
-    "layer", "scaling", "first-step", "compiled-model", "routed", "peers",
+    "llama-layer", "llama-saved", "fused-linear", "own-gemm", "punica", "vllm-lora", "routed-groups", "groups", "host",
+    "model", "peak", "layer", "scaling", "first-step", "compiled-model", "routed", "peers",
 )  # fmt: skip
 
 

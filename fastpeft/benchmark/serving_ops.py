@@ -1,4 +1,5 @@
-"""Suites "punica" and "vllm-lora": the routed ops at the shapes that two serving systems state theirs in, inference.
+"""Suites "punica", "vllm-lora" and "routed-groups": the routed ops alone, in inference; the first two at the shapes
+that two serving systems state theirs in.
 
 "punica" is the table of Punica (arXiv:2310.18547, section 7.2): h1 = 4096, h2 = 11008, r = 16, fp16, up to 64 rows that
 take one adapter each, drawn from four popularities. Every contender computes the frozen product as well, whose 90 MB of
@@ -8,6 +9,9 @@ itself with.
 
 "vllm-lora" takes the two ops apart, as benchmarks/kernels/benchmark_lora.py of vLLM does: hidden sizes, rows, rank 16,
 four adapters in no order. A step goes through 32 sets of operands, which for few rows fit into a GPU's cache.
+
+"routed-groups" decodes q, k and v of Llama-3-8B, which share their input, with bf16 adapters that are drawn in turn:
+"separate" is the same with an op for each of the three.
 
 All steps are replayed as CUDA graphs. The predicted time is bytes over bandwidth, each distinct adapter counted once.
 """
@@ -27,9 +31,9 @@ from fastpeft.benchmark.cases import DTYPES, Case, Effort, Libraries
 from fastpeft.benchmark.libraries import FROZEN, OURS
 from fastpeft.benchmark.roofline import Work
 from fastpeft.benchmark.timing import Step, graph_replay
-from fastpeft_kernels import expand_routed, lora_routed, shrink_routed
+from fastpeft_kernels import RoutedOperands, expand_routed, lora_routed, lora_routed_group, shrink_routed
 
-LOOP, GATHER = "loop", "gather-bmm"
+LOOP, GATHER, SEPARATE = "loop", "gather-bmm", "separate"
 POPULARITIES = ("identical", "uniform", "zipf", "distinct")
 BRIEF = Effort(budget_s=0.3, warmup=10, min_rounds=50, max_rounds=200)
 
@@ -215,6 +219,63 @@ class VllmLoraCase(Case):
         return {OURS: lambda: expand_routed(base, S, Bs, *routing), LOOP: expand_loop}
 
 
+@dataclass(frozen=True)
+class RoutedGroupCase(Case):
+    """Linears of `rows` rows that share their input, as wide as `widths`; the rows take the adapters in turn."""
+
+    suite: ClassVar[str] = "routed-groups"
+    baselines: ClassVar[tuple[str, ...]] = (SEPARATE,)
+    effort: ClassVar[Effort | None] = BRIEF
+
+    adapters: int
+    rows: int = 64
+    K: int = 4096
+    widths: tuple[int, ...] = (4096, 1024, 1024)
+    r: int = 16
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        return f"qkv-A{self.adapters}"
+
+    def work(self) -> Work:
+        """Beside the frozen products: the factors of each adapter once, x once, and the outputs read and written."""
+        M, K, N, n = self.rows, self.K, sum(self.widths), len(self.widths)
+        return Work(
+            "bf16",
+            base_bytes=2.0 * (K * N + M * K + M * N),
+            base_flops=2.0 * M * K * N,
+            adapter_bytes=2.0 * (self.adapters * self.r * (n * K + N) + M * K + 2 * M * N),
+            adapter_flops=2.0 * M * self.r * (n * K + N),
+        )
+
+    def steps(self, found: Libraries) -> dict[str, Step]:
+        del found
+        make = partial(_random, self.dtype, self.device)
+        x, Ws = make(self.rows, self.K), [make(N, self.K) for N in self.widths]
+        factors = [
+            ([make(self.r, self.K) for _ in range(self.adapters)], [make(N, self.r) for _ in range(self.adapters)])
+            for N in self.widths
+        ]
+        routing = route([m % self.adapters for m in range(self.rows)], self.adapters, self.device)
+        scales = [1.0] * self.adapters
+
+        def frozen() -> list[Tensor]:
+            return [F.linear(x, W) for W in Ws]
+
+        def together() -> list[Tensor]:
+            members = [RoutedOperands(out, *own, scales) for out, own in zip(frozen(), factors, strict=True)]
+            return lora_routed_group(x, members, *routing)
+
+        def separate() -> list[Tensor]:
+            return [
+                lora_routed(out, x, As, Bs, scales, *routing) for out, (As, Bs) in zip(frozen(), factors, strict=True)
+            ]
+
+        steps: dict[str, Callable[[], list[Tensor]]] = {FROZEN: frozen, OURS: together, SEPARATE: separate}
+        return {name: graph_replay(torch.no_grad()(step), self.device) for name, step in steps.items()}
+
+
 def _random(dtype: str, device: str, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device).mul_(shape[-1] ** -0.5).to(DTYPES[dtype])
 
@@ -232,3 +293,8 @@ def vllm_lora_cases(quick: bool, device: str) -> Iterator[VllmLoraCase]:
         for hidden in (4096,) if quick else (4096, 8192):
             for M in (16, 4096) if quick else (1, 64, 4096):
                 yield VllmLoraCase(op, M, hidden, device=device)
+
+
+def routed_group_cases(quick: bool, device: str) -> Iterator[RoutedGroupCase]:
+    for adapters in (8,) if quick else (1, 8, 64):
+        yield RoutedGroupCase(adapters, device=device)

@@ -71,6 +71,10 @@ def bench(
       llama-layer     the linears of a Llama-3-8B layer
       llama-saved     bytes they keep for backward
       fused-linear    LoRAFusion's table; fused-linear-full: every 256 rows
+      own-gemm        base products with their low-rank part: the library's, and our kernel
+      punica          Punica's table: rows that take one adapter each, of four popularities
+      vllm-lora       both ops of such a batch, apart, at vLLM's shapes
+      routed-groups   q, k and v of such a batch: one op for all, and one for each
       peers           Liger's and Unsloth's kernels; needs CUDA, and one of them installed
 
     \b

@@ -168,16 +168,22 @@ class InputGroup:
                 found.append((other, layer))
         return found
 
-    def keep(self, name: str, x: Tensor, outs: dict[str, Tensor]) -> Tensor:
-        """Keep what was computed on x for the others; returns the output of the layer `name`."""
+    def keep(self, name: str, x: Tensor, outs: dict[str, Tensor], adapters: Any = None) -> Tensor:
+        """Keep what was computed on x for the others; returns the output of the layer `name`.
+
+        Args:
+            adapters: who they were computed for: None for the active ones, else what `take` compares.
+        """
         out = outs.pop(name)
-        self._remember(True, _Together(x, _version(x), _mode(x), outs))
+        self._remember(True, _Together(x, _version(x), (*_mode(x), adapters), outs))
         return out
 
-    def take(self, name: str, x: Tensor) -> Tensor | None:
+    def take(self, name: str, x: Tensor, adapters: Any = None) -> Tensor | None:
         """What was computed for the layer `name`, once, if it is called on the same x under the same circumstances."""
         together = self._together
-        if together is None or x is not together.x or _mode(x) != together.mode or _version(x) != together.version:
+        if together is None or x is not together.x or _version(x) != together.version:
+            return None
+        if (*_mode(x), adapters) != together.mode:
             return None
         return together.outs.pop(name, None)
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastpeft.routing import Routing, RoutingTables, upload
 from fastpeft.tuners.bases import EmbeddingBase
 from fastpeft.tuners.eligibility import base_parts, is_ordinary
-from fastpeft.tuners.lora.fused import adapter_parts, plain_factors
+from fastpeft.tuners.lora.fused import PlainFactors, adapter_parts, plain_factors
+from fastpeft.tuners.lora.routed_sharing import group_for_kernels
 from fastpeft.utils.saved_tensors import is_dispatch_watched
 from fastpeft_kernels import expand_routed, gather_routed, lora_routed, scale_routed
 from fastpeft_kernels.dropout import draw_mask, dropout_scale
@@ -54,6 +55,9 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     plain_call = not args and not kwargs and not torch.compiler.is_compiling()
     if plain_call and (out := layer.repeated_batch.forward(layer, routing, x)) is not None:
         return out  # type: ignore[no-any-return]
+    group = group_for_kernels(layer, x) if plain_call else None
+    if group is not None and (out := group.take(routing, x)) is not None:
+        return out
     base = layer.base_layer(x, *args, **kwargs)
     shape = x.shape if isinstance(layer.base, EmbeddingBase) else x.shape[:-1]
     names = tuple([name for name in routing.names if name in layer.r])
@@ -66,18 +70,22 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
             again = layer.repeated_batch.add_to(base, layer, routing, names, tables, x)
             if again is not None:
                 return again  # type: ignore[no-any-return]
-        return _add_together(layer, plain, tables, base, x, is_fresh)
+        if group is not None and not any(plain.ps):
+            together = group.compute(routing, names, tables, x, base, plain)
+            if together is not None:
+                return together
+        return _add_together(layer, _Adapters(names, *plain, are_sums=True), tables, base, x, is_fresh)
     readable = _adapters_for_ops(layer, names, x, base)
     dtypes = dict.fromkeys(adapter.A.dtype for adapter in readable)
     if len(readable) == len(names) and len(dtypes) == 1:
         return _add_together(layer, _Adapters.of(readable), tables, base, x, _is_fresh(layer))
     out = base
-    together = [adapter for adapter in readable if layer.variants[adapter.name].is_a_sum]  # others scale what is there
+    sums = [adapter for adapter in readable if layer.variants[adapter.name].is_a_sum]  # others scale what is there
     for dtype in dtypes:
-        if group := [adapter for adapter in together if adapter.A.dtype == dtype]:
-            tables = routing.tables(shape, tuple(adapter.name for adapter in group), x.device)
-            out = _add_together(layer, _Adapters.of(group), tables, out, x)
-    for name in [name for name in names if all(adapter.name != name for adapter in together)]:
+        if of_dtype := [adapter for adapter in sums if adapter.A.dtype == dtype]:
+            tables = routing.tables(shape, tuple(adapter.name for adapter in of_dtype), x.device)
+            out = _add_together(layer, _Adapters.of(of_dtype), tables, out, x)
+    for name in [name for name in names if all(adapter.name != name for adapter in sums)]:
         lines = _lines_of(routing, shape, name, x.device)
         if len(lines.rows) or torch.is_grad_enabled():  # distributed training wants a gradient of everybody
             out = _add_alone(layer, name, lines, base, out, x)
@@ -89,14 +97,12 @@ def _is_fresh(layer: Any) -> bool:
     return not torch.is_grad_enabled() and not isinstance(base_parts(layer), str) and not is_dispatch_watched()
 
 
-def _plain_adapters(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -> _Adapters | None:
-    """All adapters, where all are the usual kind on a linear layer: looked at together."""
+def _plain_adapters(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -> PlainFactors | None:
+    """Those of all adapters, where all are the usual kind on a linear layer: looked at together."""
     if torch.compiler.is_compiling() or not (is_ordinary(x) and is_ordinary(base)):
         return None
     plain = plain_factors(layer, names)
-    if plain is None or plain.As[0].dtype not in (x.dtype, torch.float32):
-        return None
-    return _Adapters(names, *plain, are_sums=True)
+    return None if plain is None or plain.As[0].dtype not in (x.dtype, torch.float32) else plain
 
 
 def _adapters_for_ops(layer: Any, names: Sequence[str], x: Tensor, base: Tensor) -> list[_Adapter]:
