@@ -50,7 +50,7 @@ def layers_of(model: Any) -> list[Any]:
 def forgetful(patch: pytest.MonkeyPatch) -> None:
     """No layer remembers anything."""
     patch.setattr(repeated_batch.RepeatedBatch, "forward", lambda *args: None)
-    patch.setattr(repeated_batch.RepeatedBatch, "add_to", lambda *args: None)
+    patch.setattr(repeated_batch.RepeatedBatch, "remember", lambda *args: None)
 
 
 class Exchange:
@@ -185,10 +185,10 @@ def test_a_hook_of_another_thread_is_seen(model, looks):
     ran: list[int] = []
     layer, forward = layers_of(model)[0], repeated_batch._Found.add_to
 
-    def registering(self: Any, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def registering(self: Any, *args: Any) -> torch.Tensor:
         if len(looks) == len(layers_of(model)) and not layer.lora_A["one"]._forward_hooks:
             layer.lora_A["one"].register_forward_hook(lambda *args: ran.append(1))
-        return forward(self, base, x)
+        return forward(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repeated_batch._Found, "add_to", registering)

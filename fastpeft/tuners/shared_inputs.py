@@ -3,7 +3,8 @@
 Found in the source of the module that calls them (shared_calls.py). An `InputGroup` acts on what it says only while the
 parent's forward runs and both layers are really handed the same tensor, unchanged. Where torch counts changes, a wrong
 hint costs time and nothing else. Where it does not, in inference mode and while compiling, only layers are computed
-together of which the source is sure.
+together of which the source is sure. A layer that the parent itself changes between the calls (its weights, say) has
+been computed by then: that counts from the parent's next forward on.
 """
 
 import copy
@@ -73,8 +74,10 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
     """What must be the same when an output is computed and when it is picked up, beside x."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    thread = None if torch.compiler.is_compiling() else threading.get_ident()
-    return torch.is_grad_enabled(), autocast, thread
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled(), autocast
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None  # another one would have to wait
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, threading.get_ident(), stream
 
 
 def _recording() -> tuple[bool, bool]:

@@ -3,7 +3,8 @@
 The choice is made inside an op, when it runs, so that compiled graphs and backward passes follow it as well.
 `FASTPEFT_BACKEND` sets it for a process, `backend` for a block of code:
 
-    auto    Triton for tensors on a GPU that has it, torch for all others (the default)
+    auto    Triton for tensors on a GPU that has it, but for the few rows of decoding, which the host limits; torch for
+            all others (the default)
     triton  Triton, and an error where it cannot run; with TRITON_INTERPRET=1 it runs on CPU tensors too
     torch   plain torch everywhere
 
@@ -152,6 +153,19 @@ def are_few(x: Tensor, columns: int) -> bool:
         return False
     size, K = x.numel(), x.shape[-1] if x.ndim else 1
     return size <= MOST_ELEMENTS and size <= MOST_ROWS * K and size * columns <= MOST_ELEMENTS * K
+
+
+def host_is_the_limit(x: Tensor) -> bool:
+    """Whether a few rows, without gradients, go through torch's operators: these cost the host less than kernels.
+
+    On a CPU there is nothing else. On a GPU a token's products take some microseconds, and the Python of an op with its
+    two launches more than torch's five operators; not while a CUDA graph is captured, which the host does not replay.
+    """
+    if _product == "own":
+        return False
+    if not use_triton(x):
+        return True
+    return _backend == "auto" and not torch.cuda.is_current_stream_capturing()
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastpeft_kernels import formulas, reference
 from fastpeft_kernels.checks import check_frozen_linear
-from fastpeft_kernels.dispatch import check_torch_product, current_product, no_autocast, use_triton
+from fastpeft_kernels.dispatch import check_torch_product, host_is_the_limit, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, dropout_scale, fresh_mask
 from fastpeft_kernels.low_rank import FEW_ROWS
 from fastpeft_kernels.masks import Draw, written
@@ -101,11 +101,11 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
 
 def inferring_few(x: Tensor, dropout_p: float = 0.0) -> bool:
-    """Whether this is decoding on the torch path: bound by the number of torch's operators, not by what they move."""
+    """Whether this is decoding, in a few of torch's operators: bound by the host, not by what they move."""
     if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
         return False
     few = x.ndim > 0 and x.numel() <= FEW_ROWS * x.shape[-1]
-    return few and current_product() != "own" and not use_triton(x)
+    return few and host_is_the_limit(x)
 
 
 def autocast_operands(x: Tensor, *others: Any) -> tuple[Any, ...]:

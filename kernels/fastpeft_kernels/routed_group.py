@@ -1,9 +1,10 @@
 """The low-rank parts of layers that share their input, q, k and v or gate and up, in a batch of mixed adapters.
 
 What `fastpeft_kernels.routed` computes for one layer, for several of them: one launch makes S of all, one more a layer
-adds onto its base's output. For n layers that is n + 1 launches instead of 2n, whatever the number of adapters
-(tests/kernels/test_routed_group.py); in decoding launches are what such a layer costs. Traffic is that of the layers by
-themselves, but for x, of which the layers' programs read one tile at a time together.
+and pass adds onto its base's output. For n layers and one adapter a row that is n + 1 launches instead of 2n, whatever
+the number of adapters (tests/kernels/test_routed_group.py); in decoding launches are what such a layer costs. Traffic
+is that of the layers by themselves, but for x, of which their programs read one tile at a time together, and for S,
+which is as wide as the largest rank of all.
 """
 
 from collections.abc import Sequence
@@ -58,5 +59,30 @@ def lora_routed_group(
         return [lora_routed(base, x, As, Bs, scales, rows, starts, weights) for base, As, Bs, scales in members]
     from fastpeft_kernels.gpu import routed as gpu  # triton is imported when first needed
 
+    bases, *factors = zip(*members, strict=True)
     with no_autocast(x):
-        return gpu.lora_group(x, members, rows, starts, weights)
+        return gpu.lora_group(x, bases, gpu.GroupBanks.of(*factors), rows, starts, weights)
+
+
+class RepeatedGroup:
+    """What adds the adapters of such layers, or of one, step after step: where their factors lie is looked up once.
+
+    The factors, their memory and the scales must stay as they are.
+
+    Args:
+        As, Bs, scales: by layer and slot, as in `RoutedOperands`, for kernels.
+    """
+
+    def __init__(
+        self, As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]], scales: Sequence[Sequence[float]]
+    ) -> None:
+        from fastpeft_kernels.gpu import routed as gpu
+
+        self._banks, self._add = gpu.GroupBanks.of(As, Bs, scales), gpu.lora_group
+
+    def add_to_(
+        self, outs: Sequence[Tensor], x: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None
+    ) -> list[Tensor]:
+        """`lora_routed_group` in place, without gradients: outs (M, N_i), contiguous; x (M, K) of the adapters' dtype,
+        or of 16 bits where they are fp32."""
+        return self._add(x, outs, self._banks.in_order(), rows, starts, weights, overwrite=True)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from lora_operands import BACKENDS
 from repeated_layers import NAMES, K, N, anew, decode, doubled, layer_of, routing_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,17 +28,19 @@ def looks(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("path", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "names", [NAMES, ["a", "a"], ["a", "b", "c"], ["c", "b", "a", "a"], ["__base__"] * 2], ids=lambda names: names[-1]
 )
-def test_the_same_bits_again(names, dtype, looks):
+def test_the_same_bits_again(names, dtype, path, looks):
     layer = layer_of(dtype)
-    for seed in range(5):
-        out = decode(layer, names, dtype, seed)
-        count = len(looks)
-        assert torch.equal(out, anew(layer, names=names, dtype=dtype, seed=seed))
-        del looks[count:]
+    with backend(path):
+        for seed in range(5):
+            out = decode(layer, names, dtype, seed)
+            count = len(looks)
+            assert torch.equal(out, anew(layer, names=names, dtype=dtype, seed=seed))
+            del looks[count:]
     assert len(looks) == (2 if set(names) & set("abc") else 0)
 
 
@@ -65,6 +68,32 @@ def test_several_ranks(looks):
         assert torch.equal(out, anew(layer, names=names, seed=seed))
         del looks[count:]
     assert len(looks) == 2
+
+
+def test_kernels_take_factors_wherever_they_lie(looks):
+    """Of any ranks, and rows with weights."""
+    layer = layer_of(ranks=[16, 4, 8])
+    routing = Routing.by_row([{"a": 0.5, "c": -1.0}, {"b": 2.0}, "__base__"])
+    for seed in range(4):
+        x = torch.randn(3, 1, K, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        layer.base_layer.bfloat16()
+        with backend("triton"), torch.no_grad(), routed(routing):
+            out = layer(x)
+            count = len(looks)
+            remembered, layer.repeated_batch = layer.repeated_batch, RepeatedBatch()
+            assert torch.equal(out, layer(x))
+        layer.repeated_batch = remembered
+        del looks[count:]
+    assert len(looks) == 2
+
+
+def test_what_one_path_remembers_is_not_the_others(looks):
+    layer = layer_of()
+    for path in ("torch", "triton", "torch"):
+        with backend(path):
+            for _ in range(3):
+                out = decode(layer)
+            assert torch.equal(out, anew(layer))
 
 
 def test_factors_that_lie_apart_are_looked_at_every_time(looks, monkeypatch):

@@ -1,5 +1,7 @@
 """What a layer remembers of a batch is worth nothing once anything has changed."""
 
+from itertools import product
+
 import pytest
 import torch
 from repeated_layers import K, N, R, anew, decode, doubled, layer_of
@@ -8,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from fastpeft.tuners.lora import LoraConfig
 from fastpeft.tuners.lora.variants import LoraVariant
+from fastpeft_kernels import backend
 
 
 def add(layer, name, **options):
@@ -119,13 +122,20 @@ DISTURBANCES = {
 }
 
 
-@pytest.mark.parametrize("kind", DISTURBANCES)
-def test_what_has_changed_is_seen(kind):
-    layer = layer_of()
-    before = [decode(layer) for _ in range(5)][-1]  # twice with a look for hooks
-    dtype = torch.float64 if kind == "cast" else torch.float32
-    DISTURBANCES[kind](layer)
-    wanted = anew(layer, dtype=dtype)
-    for _ in range(3):
-        assert torch.equal(decode(layer, dtype=dtype), wanted)
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        *product(["torch"], DISTURBANCES),
+        *product(["triton"], sorted(DISTURBANCES.keys() - {"cast"})),
+    ],  # float64 has no kernels
+)
+def test_what_has_changed_is_seen(path, kind):
+    with backend(path):
+        layer = layer_of()
+        before = [decode(layer) for _ in range(5)][-1]  # twice with a look for hooks
+        dtype = torch.float64 if kind == "cast" else torch.float32
+        DISTURBANCES[kind](layer)
+        wanted = anew(layer, dtype=dtype)
+        for _ in range(3):
+            assert torch.equal(decode(layer, dtype=dtype), wanted)
     assert kind in ("casting off", "cast") or not torch.equal(wanted, before)

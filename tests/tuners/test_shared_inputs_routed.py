@@ -1,6 +1,7 @@
 """Layers on one tensor in a batch of mixed adapters: one shrink for all, and the bits of each by itself."""
 
 import contextlib
+import types
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastpeft.routing_scope import routed
 from fastpeft.tuners.lora import routed as routed_layers
 from fastpeft.tuners.lora import routed_sharing
 from fastpeft_kernels import backend
+from fastpeft_kernels.routed_group import RepeatedGroup
 
 NAMES = ["second", "__base__", "first", "second", "first"]
 
@@ -72,6 +74,10 @@ def ops(monkeypatch):
     monkeypatch.setattr(
         routed_sharing, "lora_routed_group", lambda x, ms, *args: calls.append(len(ms)) or group(x, ms, *args)
     )
+    add = RepeatedGroup.add_to_
+    monkeypatch.setattr(
+        RepeatedGroup, "add_to_", lambda self, outs, *rest: calls.append(len(outs)) or add(self, outs, *rest)
+    )
     return calls
 
 
@@ -82,10 +88,11 @@ def inferring(path="triton"):
 
 
 def assert_equal_to_separate(model, x, names=NAMES):
+    """Each time a routing of its own, so that layers do not remember the batch."""
     with inferring():
-        together = model(x, adapter_names=names)
+        together = model(x, adapter_names=Routing.by_row(names))
         with fastpeft.share_inputs(False):
-            separate = model(x, adapter_names=names)
+            separate = model(x, adapter_names=Routing.by_row(names))
     assert torch.equal(together, separate)
 
 
@@ -103,11 +110,11 @@ def test_weighted_rows(ops):
 
 def test_tokens(ops):
     model = made()
-    routing = Routing.by_token(["first", "__base__", "second"], [5, 1, 4])
-    with inferring(), routed(routing):
+    routings = [Routing.by_token(["first", "__base__", "second"], [5, 1, 4]) for _ in range(2)]
+    with inferring(), routed(routings[0]):
         together = model(x_of())
-        with fastpeft.share_inputs(False):
-            separate = model(x_of())
+    with inferring(), routed(routings[1]), fastpeft.share_inputs(False):
+        separate = model(x_of())
     assert torch.equal(together, separate)
     assert ops == [3, 1, 1, 1]
 
@@ -235,3 +242,133 @@ def test_a_member_called_alone():
         attention.between = lambda: found.append(attention.k(x * 1))
         model(x)
     assert torch.equal(found[0], alone)
+
+
+def calling(forward, targets=("q", "k", "v"), k=None):
+    """A model whose attention runs `forward`, whatever the source of its class says."""
+    torch.manual_seed(0)
+    net = Net()
+    net.attention.k = k or net.attention.k
+    config = fastpeft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)
+    model = fastpeft.get_peft_model(net, config, adapter_name="first").eval()
+    model.add_adapter("second", config)
+    attention_of(model).forward = types.MethodType(forward, attention_of(model))
+    return model
+
+
+def narrow(self, x):
+    return torch.cat([self.q(x), self.k(x[..., :8]), self.v(x)], -1)
+
+
+def half(self, x):
+    return torch.cat([self.q(x), self.k(x.half()), self.v(x)], -1)
+
+
+@pytest.mark.parametrize(("forward", "k"), [(narrow, lambda: nn.Linear(8, 8)), (half, lambda: nn.Linear(16, 8).half())])
+def test_a_sibling_that_takes_another_input_waits_for_it(forward, k, ops):
+    assert_equal_to_separate(calling(forward, k=k()), x_of())
+    assert ops == [2, 1, 1, 1, 1]
+
+
+def test_a_base_that_somebody_reshapes():
+    model, shapes = made(), []
+    layer = attention_of(model).v
+    layer.base_layer.register_forward_hook(lambda module, args, out: out.flatten(0, 1))
+    layer.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    with inferring(), contextlib.suppress(RuntimeError):  # of the attention, which cannot add it to the others
+        model(x_of(), adapter_names=NAMES)
+    with inferring(), contextlib.suppress(RuntimeError), fastpeft.share_inputs(False):
+        model(x_of(), adapter_names=NAMES)
+    assert shapes == [(10, 16)] * 2
+
+
+def test_where_there_is_nothing_to_compute():
+    """float64 has no kernels, and rows of nobody need none."""
+    model, x = made().double(), x_of().double()
+    assert_equal_to_separate(model, x, ["__base__"] * 5)
+    with inferring("torch"), model.disable_adapter():
+        base = model(x)
+    with inferring():
+        assert torch.equal(model(x, adapter_names=["__base__"] * 5), base)
+
+
+def test_what_inference_mode_made_stays_there():
+    def forward(self, x):
+        with torch.inference_mode():
+            self.q(x)
+        return self.k(x)
+
+    with inferring():
+        assert not calling(forward)(x_of(), adapter_names=NAMES).is_inference()
+
+
+def test_many_rows(ops, monkeypatch):
+    """The outputs that wait for their layers would take memory."""
+    monkeypatch.setattr(routed_sharing, "FEW_ROUTED_ROWS", 10)
+    assert_equal_to_separate(made(), x_of())
+    assert set(ops) == {1}
+
+
+# A batch that comes again.
+
+
+def steps(model, count=4, names=tuple(NAMES)):
+    """The outputs of so many forwards, each on another x."""
+    outs = []
+    for seed in range(count):
+        x = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(seed))
+        with inferring():
+            outs.append(model(x, adapter_names=list(names)))
+    return outs
+
+
+def assert_equal_to_fresh(model, **kwargs):
+    again = steps(model, **kwargs)
+    with fastpeft.share_inputs(False):
+        for layer in (attention_of(model).q, attention_of(model).k, attention_of(model).v):
+            layer.repeated_batch.forget()
+        fresh = steps(model, **kwargs)
+    assert all(map(torch.equal, again, fresh))
+
+
+def test_a_batch_that_comes_again(ops, monkeypatch):
+    """From the third time on nobody looks at the adapters one by one."""
+    model, looks = made(), []
+    for place in (routed_layers, routed_sharing):
+        look = place.plain_factors
+        monkeypatch.setattr(place, "plain_factors", lambda *args, look=look: looks.append(args) or look(*args))
+    steps(model, 5)
+    assert ops == [3] * 5
+    assert len(looks) == 2 * 3
+    assert_equal_to_fresh(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attention: attention.k.set_scale("second", 3.0),
+        lambda attention: attention.k.lora_B["first"].register_forward_hook(lambda module, args, out: 2 * out),
+        lambda attention: setattr(attention.k, "base_layer", nn.Linear(16, 8).requires_grad_(False)),
+        lambda attention: attention.k.enable_adapters(False),
+        lambda attention: attention.k.delete_adapter("first"),
+        lambda attention: attention.q.set_scale("first", 0.5),
+        lambda attention: attention.v.base_layer.half().float(),
+    ],
+)
+def test_a_change_of_one_of_them(change):
+    model = made()
+    before = steps(model, 5)
+    change(attention_of(model))
+    assert not torch.equal(steps(model, 5)[-1], before[-1])
+    assert_equal_to_fresh(model)
+
+
+def test_one_that_forgot_is_computed_by_itself(ops):
+    model = made()
+    steps(model, 5)
+    ops.clear()
+    attention_of(model).k.repeated_batch.forget()
+    steps(model, 4)
+    assert ops[0] == 2
+    assert ops[-1] == 3
+    assert_equal_to_fresh(model)

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from fastpeft.routing import Routing, RoutingTables
 from fastpeft.routing_scope import unattended_call
 from fastpeft.tuners.eligibility import any_watched, hooks_registered, is_ordinary, watched_everywhere
+from fastpeft.tuners.lora.routed_sharing import RoutedGroup
 from fastpeft.utils.saved_tensors import is_dispatch_watched
 from fastpeft_kernels.dispatch import use_triton
 from fastpeft_kernels.routed_few import Products, products_of_few
+from fastpeft_kernels.routed_group import RepeatedGroup
 
 _CONTAINERS = ("lora_A", "lora_B", "lora_dropout")
 _PARAMETERS = {nn.Parameter, type(None)}
@@ -43,27 +45,47 @@ class RepeatedBatch:
         self._found: _Found | None = None
         self._looked = False
 
-    def forward(self, layer: Any, routing: Routing, x: Tensor) -> Tensor | None:
-        """The layer's output, (..., N); None where the batch is another one, or anything is not as it was."""
+    def forward(self, layer: Any, routing: Routing, x: Tensor, group: RoutedGroup | None = None) -> Tensor | None:
+        """The layer's output, (..., N); None where the batch is another one, or anything is not as it was.
+
+        Layers of its group that remember the same batch are computed along with it.
+        """
+        found = self._found_for(layer, routing, x)
+        if found is None:
+            return None
+        if group is not None and len(layers := group.layers(x)) > 1:
+            together = {}
+            for name, other in layers.items():
+                theirs = found if other is layer else other.repeated_batch._found_for(other, routing, x)
+                if theirs is not None and found.goes_with(theirs):
+                    together[name] = theirs
+            if len(together) > 1:
+                bases = [layers[name].base_layer(x) for name in together]
+                outs = found.add_together(list(together.values()), bases, routing, x)
+                return group.keep(routing, x, dict(zip(together, outs, strict=True)), bases)
+        return found.add_to(layer.base_layer(x), routing, x)
+
+    def _found_for(self, layer: Any, routing: Routing, x: Tensor) -> "_Found | None":
+        """What it remembers of this batch, if that holds."""
         found = self._found
         if found is None or not found.is_for(routing, x):
             return None
-        if not found.holds(layer):
+        if layer.merged or layer.disable_adapters or not found.holds(layer):
             self.forget()
             return None
-        return found.add_to(layer.base_layer(x), x)
+        return found
 
-    def add_to(
-        self, base: Tensor, layer: Any, routing: Routing, names: Sequence[str], tables: RoutingTables, x: Tensor
-    ) -> Tensor | None:
-        """The base layer's output with the adapters, in place, if this batch was here before.
+    def remember(
+        self, layer: Any, routing: Routing, names: tuple[str, ...], tables: RoutingTables, x: Tensor
+    ) -> "_Found | None":
+        """What adds the adapters to the base layer's output, in place, if this batch was here before.
 
         Args:
             layer: one whose base is a plain nn.Linear; its adapters `names` are plain ones, without dropout in force.
             tables: of the routing, for these.
 
         Returns:
-            None where it is not, or where batched products are not all that these adapters need.
+            None where it was not, or where batched products are not all that these adapters need.
         """
         seen, before = (routing, routing.fills, x.shape, x.dtype), self._seen
         if seen != before:
@@ -72,18 +94,19 @@ class RepeatedBatch:
             is_first_token = x.ndim == 3 and x.shape[1] == 1 and before is not None and before[:2] == seen[:2]
             if not is_first_token:  # after a prompt of the same rows, which will come again
                 return None
-        if not self._looked and tables.weights is None and x.device.type == "cpu":
-            self._looked, new = True, _Found(layer, seen, names)
+        if not self._looked and (use_triton(x) or (tables.weights is None and x.device.type == "cpu")):
+            self._looked, new = True, _Found(layer, seen, names, use_triton(x))
             self._found = new if new.find_products(tables) else None
         found = self._found
-        return None if found is None or not found.is_for(routing, x) else found.add_to(base, x)
+        return None if found is None or not found.is_for(routing, x) else found
 
 
 class _Found:
     """The products of a batch, and all that they rest upon."""
 
-    def __init__(self, layer: Any, seen: tuple[Any, ...], names: Sequence[str]) -> None:
+    def __init__(self, layer: Any, seen: tuple[Any, ...], names: tuple[str, ...], on_kernels: bool) -> None:
         own, self._pick = layer._modules, _picker(names)
+        self._names, self._on_kernels = names, on_kernels
         self._seen, self._adapters_here, self._scaling = seen, len(layer.r), self._pick(layer.scaling)
         self._variants = self._pick(layer.variants)
         self._held: tuple[object | None, int] = (None, 0)  # in which unattended call, with torch's count of hooks
@@ -98,23 +121,48 @@ class _Found:
         self._addresses, self._shapes = list(map(Tensor.data_ptr, self._weights)), list(map(_shape, self._weights))
         self._dtypes = list(map(_dtype, self._weights))
         self._products: list[Products] = []
+        self._together: tuple[list[_Found], RepeatedGroup] | None = None  # who was computed together last, on kernels
 
     def find_products(self, tables: RoutingTables) -> bool:
         """Whether batched products are all that these adapters need."""
         factors_dtype, is_fixed = self._dtypes[0], {float, int}.issuperset(map(type, self._scaling))
         if not is_fixed or torch.promote_types(self._seen[-1], factors_dtype) != factors_dtype:
             return False
-        count = len(self._weights) // 2
-        As, Bs = self._weights[:count], self._weights[count:]
-        products = products_of_few(As, Bs, self._scaling, tables.rows, tables.starts)
+        if self._on_kernels:
+            return True
+        products = products_of_few(*self._factors(), self._scaling, tables.rows, tables.starts)
         self._products = products or []
         return products is not None
 
-    def add_to(self, base: Tensor, x: Tensor) -> Tensor:
+    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        count = len(self._weights) // 2
+        return self._weights[:count], self._weights[count:]
+
+    def add_to(self, base: Tensor, routing: Routing, x: Tensor) -> Tensor:
+        if self._on_kernels:
+            return self.add_together([self], [base], routing, x)[0].view(base.shape)
         flat, rows = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
         for products in self._products:
             products.add_to_(flat, rows)
         return flat.view(base.shape)
+
+    def goes_with(self, other: "_Found") -> bool:
+        """Whether one op computes both, on kernels."""
+        return (other._names, other._dtypes[0]) == (self._names, self._dtypes[0])
+
+    def add_together(
+        self, everyone: "list[_Found]", bases: Sequence[Tensor], routing: Routing, x: Tensor
+    ) -> list[Tensor]:
+        """The outputs of layers, this one among them, that go with it: (M, N_i) each, in the memory of their bases."""
+        if self._together is None or self._together[0] != everyone:
+            (As, Bs), scales = (
+                zip(*(found._factors() for found in everyone), strict=True),
+                [f._scaling for f in everyone],
+            )
+            self._together = everyone, RepeatedGroup(As, Bs, scales)
+        tables = routing.tables(x.shape[:-1], self._names, x.device)
+        flat = [base.reshape(-1, base.shape[-1]) for base in bases]
+        return self._together[1].add_to_(flat, x.reshape(-1, x.shape[-1]), *tables)
 
     def is_for(self, routing: Routing, x: Tensor) -> bool:
         before, fills, shape, dtype = self._seen
@@ -126,7 +174,7 @@ class _Found:
             and is_ordinary(x)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
-            and not use_triton(x)
+            and use_triton(x) is self._on_kernels
             and not is_dispatch_watched()
         )
 

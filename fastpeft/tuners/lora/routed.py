@@ -53,11 +53,11 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
     if layer.merged:
         raise ValueError(f"adapter_names cannot be used while {layer.merged_adapters} are merged; unmerge them first")
     plain_call = not args and not kwargs and not torch.compiler.is_compiling()
-    if plain_call and (out := layer.repeated_batch.forward(layer, routing, x)) is not None:
-        return out  # type: ignore[no-any-return]
     group = group_for_kernels(layer, x) if plain_call else None
     if group is not None and (out := group.take(routing, x)) is not None:
         return out
+    if plain_call and (out := layer.repeated_batch.forward(layer, routing, x, group)) is not None:
+        return out  # type: ignore[no-any-return]
     base = layer.base_layer(x, *args, **kwargs)
     shape = x.shape if isinstance(layer.base, EmbeddingBase) else x.shape[:-1]
     names = tuple([name for name in routing.names if name in layer.r])
@@ -66,14 +66,14 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
         return base  # type: ignore[no-any-return]
     if (plain := _plain_adapters(layer, names, x, base)) is not None:
         is_fresh = _is_fresh(layer)
-        if is_fresh and plain_call and not any(plain.ps):
-            again = layer.repeated_batch.add_to(base, layer, routing, names, tables, x)
-            if again is not None:
-                return again  # type: ignore[no-any-return]
-        if group is not None and not any(plain.ps):
-            together = group.compute(routing, names, tables, x, base, plain)
-            if together is not None:
-                return together
+        if plain_call and not any(plain.ps):
+            if (
+                group is not None
+                and (out := group.compute(routing, names, tables, x, base, plain, is_fresh)) is not None
+            ):
+                return out
+            if is_fresh and (found := layer.repeated_batch.remember(layer, routing, names, tables, x)) is not None:
+                return found.add_to(base, routing, x)  # type: ignore[no-any-return]
         return _add_together(layer, _Adapters(names, *plain, are_sums=True), tables, base, x, is_fresh)
     readable = _adapters_for_ops(layer, names, x, base)
     dtypes = dict.fromkeys(adapter.A.dtype for adapter in readable)

@@ -85,8 +85,7 @@ def vector_bank(vectors: Sequence[Tensor | None]) -> Bank:
 
 def _kept(like: Tensor, lines: tuple[Line, ...], scales: tuple[float, ...] | None, rank_dim: int) -> Bank:
     bank = _bank(like.device, like.dtype, lines, scales, rank_dim)
-    if bank.ready is not None:
-        _order(bank)
+    order(bank)
     return bank
 
 
@@ -120,14 +119,15 @@ def _bank(
 _captured: set[Bank] = set()  # CUDA graphs hold addresses of these tables, and nobody tells when a graph is gone
 
 
-def _order(bank: Bank) -> None:
+def order(bank: Bank) -> None:
     """Let the current stream wait until the table is there. Before a capture everything is."""
+    if bank.ready is None:
+        return
     if torch.cuda.is_current_stream_capturing():
         _captured.add(bank)
         return
     stream = torch.cuda.current_stream(bank.table.device)
     if stream.cuda_stream not in bank.streams:
-        assert bank.ready is not None
         stream.wait_event(bank.ready)
         bank.table.record_stream(stream)
         bank.streams.add(stream.cuda_stream)

@@ -86,13 +86,18 @@ def routed_shrink_planes(
     dtype: torch.dtype,
     members: int = 1,
 ) -> Tensor:
-    """S by entry: (1, members · P, M, R) in `dtype`, or fp32 planes (splits, members · P, M, R) whose sum is S.
+    """S by entry: (1, members · P, M, R) in `dtype`, or fp32 planes (splits, members · P, M, R) whose sum is S; R is at
+    least the largest rank.
 
     Few rows split K, so that the whole GPU reads the factors. The bank has the slots of all members, one after the
     other; each member's S has the bits that it has alone.
     """
     (P, M), K, R = rows.shape, x.shape[1], bank.largest
     slots = bank.slots // members
+    if (
+        members > 1
+    ):  # each member's part begins at a multiple of 16 bytes: no kernels of their own for parts that do not
+        R = triton.cdiv(R, 8) * 8
     t = routed_tile("shrink", M)
     _, splits, k_per_split = split_columns(M, K, t)
     dtype = dtype if splits == 1 else torch.float32
@@ -172,15 +177,18 @@ def routed_expand(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     scaled: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """base + Σ drop(weight · scale · S B_jᵀ), each where given: (M, N) in `dtype`, added in fp32 and rounded once.
 
     S is (splits, P, M, R), planes to be summed where there are several; `scaled`: with the bank's scales. One launch a
-    pass; all but the last leave fp32.
+    pass; all but the last leave fp32. The result is written to `out` where it is given, (M, N) in `dtype` and
+    contiguous; it may be the base itself.
     """
     splits, P, M, R = S.shape
     t = routed_tile("expand", M)
-    out = torch.empty((M, N), dtype=dtype, device=S.device)
+    if out is None:
+        out = torch.empty((M, N), dtype=dtype, device=S.device)
     if not out.numel():
         return out
     total = out if P == 1 or dtype == torch.float32 else torch.empty((M, N), dtype=torch.float32, device=S.device)

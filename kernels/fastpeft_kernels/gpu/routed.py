@@ -6,18 +6,19 @@ of S: `lora` lets expand add them up, the others add a launch (tests/kernels/tes
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastpeft_kernels.gpu import _routed
-from fastpeft_kernels.gpu._bank import BY_COLUMN, BY_RANK, factor_bank
+from fastpeft_kernels.gpu._bank import BY_COLUMN, BY_RANK, Bank, factor_bank, order
 from fastpeft_kernels.gpu._compile import CompileCase
 from fastpeft_kernels.gpu._planes import sum_planes
 from fastpeft_kernels.gpu._routed import routed_expand, routed_outer, routed_shrink_planes
-from fastpeft_kernels.routed_group import RoutedOperands
 from fastpeft_kernels.routes import parted
 from fastpeft_kernels.tiles import ROUTED_TILES, RoutedKernel, Tile
 
@@ -85,16 +86,45 @@ def lora(
     return routed_expand(base, S, factor_bank(Bs, 1), rows, starts, base.dtype, base.shape[1])
 
 
+@dataclass(frozen=True)
+class GroupBanks:
+    """Where the factors of layers that share their input lie."""
+
+    A: Bank  # the slots of one layer after the other
+    Bs: Sequence[Bank]  # one a layer
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, As: Sequence[Sequence[Tensor]], Bs: Sequence[Sequence[Tensor]], scales: Sequence[Sequence[float]]
+    ) -> "GroupBanks":
+        """Each argument by layer and slot."""
+        flat = [A for own in As for A in own]
+        bank = factor_bank(flat, 0, [scale for own in scales for scale in own])
+        return cls(bank, [factor_bank(own, 1) for own in Bs], flat[0].dtype)
+
+    def in_order(self) -> "GroupBanks":
+        """Once more, on whatever stream this is."""
+        for bank in (self.A, *self.Bs):
+            order(bank)
+        return self
+
+
 def lora_group(
-    x: Tensor, members: Sequence[RoutedOperands], rows: Tensor, starts: Tensor, weights: Tensor | None
+    x: Tensor,
+    bases: Sequence[Tensor],
+    banks: GroupBanks,
+    rows: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    overwrite: bool = False,
 ) -> list[Tensor]:
-    As = [A for member in members for A in member.As]
-    bank = factor_bank(As, 0, [scale for member in members for scale in member.scales])
-    S = routed_shrink_planes(x, bank, rows, starts, weights, None, As[0].dtype, len(members))
+    """`lora` of each layer; `overwrite`: its base, contiguous, takes the result."""
+    S = routed_shrink_planes(x, banks.A, rows, starts, weights, None, banks.dtype, len(bases))
     parts = S.split(len(rows), dim=1)
     return [
-        routed_expand(m.base, part, factor_bank(m.Bs, 1), rows, starts, m.base.dtype, m.base.shape[1])
-        for m, part in zip(members, parts, strict=True)
+        routed_expand(base, part, bank, rows, starts, base.dtype, base.shape[1], out=base if overwrite else None)
+        for base, part, bank in zip(bases, parts, banks.Bs, strict=True)
     ]
 
 
