@@ -194,8 +194,8 @@ class _Batch:
     last_tokens: list[int]  # of the requests that get a new token
     requests: Sequence[Any] = ()  # whose tokens they are
 
-    def routing(self, batch_data: dict[str, Any]) -> Routing:
-        """For the tensors that the model is called with: tokens that only pad the batch take no adapter."""
+    def route(self, batch_data: dict[str, Any]) -> dict[str, Any]:
+        """What `Routing.by_token` takes, for the tensors that the model is called with: padding takes no adapter."""
         tokens = batch_data["input_ids"].shape[-1]
         sequences = len(batch_data["logits_indices"])
         if sequences == tokens and self.last_tokens != list(range(len(self.last_tokens))):
@@ -205,7 +205,8 @@ class _Batch:
         kept = None
         if "logits_to_keep" in batch_data and sequences < tokens:  # else all are kept in their order, padding last
             kept = self.last_tokens + [0] * (sequences - len(self.last_tokens))  # the engine fills up with token 0
-        return Routing.by_token([*self.adapters, None], [*self.lengths, tokens - sum(self.lengths)], kept=kept)
+        lengths = [*self.lengths, tokens - sum(self.lengths)]
+        return {"adapters": [*self.adapters, None], "lengths": lengths, "kept": kept}
 
 
 class RequestRouter:
@@ -246,6 +247,7 @@ class RequestRouter:
         self._bindings: dict[str, tuple[Adapter, str]] = {}
         self._lock = threading.Lock()
         self._batch: _Batch | None = None
+        self._last: tuple[dict[str, Any], Routing] | None = None  # the last forward's routing, and how it was made
         self._create = manager._create_batch_processor
         manager._create_batch_processor = self._create_batch_processor
         manager._fastpeft_router = self
@@ -321,7 +323,10 @@ class RequestRouter:
                 batch = self._batch
                 assert batch is not None, "a forward without prepare_batch_tensors"
                 has_adapter = any(adapter not in (None, BASE) for adapter in batch.adapters)
-                with routed(batch.routing(batch_data)):  # on the stream of the forward
+                route = batch.route(batch_data)
+                if self._last is None or self._last[0] != route:  # in decoding it is, and layers remember the batch
+                    self._last = route, Routing.by_token(**route)
+                with routed(self._last[1]):  # on the stream of the forward
                     forward(guard.watched(model, batch.requests, has_adapter), batch_data, *args)
 
             return routed_forward, use_cuda_graph

@@ -12,6 +12,7 @@ from transformers import CompileConfig, ContinuousBatchingConfig
 from fastpeft import PeftModel, Routing
 from fastpeft.integrations import continuous_batching
 from fastpeft.integrations.continuous_batching import RequestRouter, config_for_adapters, manager_with_adapters
+from fastpeft.tuners.lora import repeated_batch
 
 KINDS = {
     "one": cases.LORA_KINDS[0],
@@ -77,13 +78,13 @@ def collect(manager, count):
     return answers
 
 
-def by_generate(model, prompt, adapter):
+def by_generate(model, prompt, adapter, **generation):
     """The same by plain generate, a row of its own."""
     ids = torch.tensor([prompt])
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        generation_config=cases.generation_config(),
+        generation_config=cases.generation_config(**generation),
         adapter_names=[adapter],
     )
     return out[0, len(prompt) :].tolist()
@@ -183,7 +184,7 @@ def test_rows_of_a_padded_batch():
     """Three requests in 8 tokens of 12; the first and the last get a token, the other is a part of its prompt."""
     batch = continuous_batching._Batch(["one", None, "two"], [1, 2, 5], [0, 7])
     data = {"input_ids": torch.zeros(1, 12, dtype=torch.long), "logits_indices": torch.zeros(4), "logits_to_keep": 0}
-    routing = batch.routing(data)
+    routing = Routing.by_token(**batch.route(data))
     tables = routing.tables((1, 12), ("one", "two"), torch.device("cpu"))
     assert (tables.starts.tolist(), tables.rows[0, :6].tolist()) == ([[0, 1, 6]], [0, 3, 4, 5, 6, 7])
     head = routing.tables((1, 4), ("one", "two"), torch.device("cpu"))  # tokens 0 and 7, and token 0 twice for nobody
@@ -194,9 +195,25 @@ def test_a_prompts_part_of_one_token_does_not_swap_the_heads():
     """As many tokens reach the head as there are, in another order: the selection is left out."""
     batch = continuous_batching._Batch(["one", "two"], [1, 1], [1])
     data = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "logits_indices": torch.zeros(2), "logits_to_keep": 0}
-    routing = batch.routing(data)
+    routing = Routing.by_token(**batch.route(data))
     assert "logits_to_keep" not in data
     assert routing.tables((1, 2), ("one", "two"), torch.device("cpu")).rows.tolist() == [[0, 1]]
+
+
+def test_layers_remember_the_batch_that_decodes(model, monkeypatch):
+    """Step after step it is the same routing, until a request has ended."""
+    routings, remembered = [], []
+    make, add = Routing.by_token, repeated_batch._Found.add_to
+    monkeypatch.setattr(
+        continuous_batching.Routing, "by_token", lambda **route: routings.append(route) or make(**route)
+    )
+    monkeypatch.setattr(repeated_batch._Found, "add_to", lambda *args: remembered.append(args) or add(*args))
+    requests = [(prompt, ("one", "two")[i % 2]) for i, prompt in enumerate(cases.prompts(4))]
+    answers, _ = run(model, requests, max_new_tokens=16, eos_token_id=-1)
+    for i, (prompt, adapter) in enumerate(requests):
+        assert answers[f"r{i}"] == by_generate(model, prompt, adapter, max_new_tokens=16, eos_token_id=-1)
+    assert len(routings) < 16  # of 16 forwards at least
+    assert remembered
 
 
 def test_heads_of_their_own_with_parts_of_one_token(model):
