@@ -1,17 +1,19 @@
 """The same mixed batch once more, as in decoding: token after token, the same rows take the same adapters.
 
 A few rows are bound by what a layer looks at before it computes. 64 adapters are 192 modules, and after the base
-product their tables are no longer near the processor. So a layer that meets a batch for the second time, or its
-rows with a token each after their prompts, remembers what it found: whose factors, and the batched products that add
-them. From then on it asks what may have become different since, of all adapters at once: the modules, what replaces
-their forward, their Parameters and the memory of these. Hooks are looked for again when torch has registered one, on
-whatever it may be. In a call of `generate` that runs nobody's code but the libraries' it asks once (unattended.py).
+product their tables are no longer near the processor. So a layer that meets a batch for the second time, or its rows
+with a token each after their prompts, remembers what it found: whose factors, and the batched products that add them;
+on kernels the tables of where they lie, those of layers that share their input as one. From then on it asks what may
+have become different since, of all adapters at once: the modules, what replaces their forward, their Parameters and the
+memory of these. Hooks are looked for again when torch has registered one, on whatever it may be. In a call of
+`generate` that runs nobody's code but the libraries' it asks once (unattended.py).
 """
 
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, is_, itemgetter
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +123,7 @@ class _Found:
         self._addresses, self._shapes = list(map(Tensor.data_ptr, self._weights)), list(map(_shape, self._weights))
         self._dtypes = list(map(_dtype, self._weights))
         self._products: list[Products] = []
-        self._together: tuple[list[_Found], RepeatedGroup] | None = None  # who was computed together last, on kernels
+        self._together: tuple[list[ref[_Found]], RepeatedGroup] | None = None  # who ran as one last time, on kernels
 
     def find_products(self, tables: RoutingTables) -> bool:
         """Whether batched products are all that these adapters need."""
@@ -154,12 +156,13 @@ class _Found:
         self, everyone: "list[_Found]", bases: Sequence[Tensor], routing: Routing, x: Tensor
     ) -> list[Tensor]:
         """The outputs of layers, this one among them, that go with it: (M, N_i) each, in the memory of their bases."""
-        if self._together is None or self._together[0] != everyone:
+        who = list(map(ref, everyone))  # none of whom is to be kept alive by it
+        if self._together is None or self._together[0] != who:
             (As, Bs), scales = (
                 zip(*(found._factors() for found in everyone), strict=True),
                 [f._scaling for f in everyone],
             )
-            self._together = everyone, RepeatedGroup(As, Bs, scales)
+            self._together = who, RepeatedGroup(As, Bs, scales)
         tables = routing.tables(x.shape[:-1], self._names, x.device)
         flat = [base.reshape(-1, base.shape[-1]) for base in bases]
         return self._together[1].add_to_(flat, x.reshape(-1, x.shape[-1]), *tables)
