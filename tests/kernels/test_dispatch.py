@@ -9,6 +9,8 @@ import torch
 
 from fastpeft_kernels import backend, current_backend, current_product, dispatch, dropout, lora_linear, product
 from fastpeft_kernels.dispatch import use_triton
+from fastpeft_kernels.lora import inferring_few
+from fastpeft_kernels.low_rank import FEW_ROWS
 
 
 def test_auto_takes_torch_on_a_cpu():
@@ -106,3 +108,27 @@ def test_environment():
     command = [sys.executable, "-c", IMPORTS, *settings]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [expected for *_, expected in ENVIRONMENT]
+
+
+@pytest.mark.parametrize(
+    ("backend_name", "product_name", "capturing", "expected"),
+    [
+        ("auto", "auto", False, True),
+        ("auto", "library", False, True),
+        ("auto", "auto", True, False),  # the host does not replay a CUDA graph
+        ("triton", "auto", False, False),
+        ("torch", "auto", True, True),
+        ("auto", "own", False, False),
+    ],
+)
+def test_few_rows_on_a_gpu_without_gradients(backend_name, product_name, capturing, expected, monkeypatch):
+    """As if a GPU were there: kernels for all that the backend allows."""
+    monkeypatch.setattr(dispatch, "use_triton", lambda x, other=None: dispatch.current_backend() != "torch")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    x = torch.randn(FEW_ROWS, 8)
+    with backend(backend_name), product(product_name):
+        with torch.no_grad():
+            assert inferring_few(x) is expected
+            assert not inferring_few(torch.randn(FEW_ROWS + 1, 8))
+            assert not inferring_few(x, dropout_p=0.1)
+        assert not inferring_few(x)
