@@ -3,8 +3,8 @@
 The choice is made inside an op, when it runs, so that compiled graphs and backward passes follow it as well.
 `FASTPEFT_BACKEND` sets it for a process, `backend` for a block of code:
 
-    auto    Triton for tensors on a GPU that has it, but for the few rows of decoding, which the host limits; torch for
-            all others (the default)
+    auto    Triton for tensors on a GPU that has it, torch for all others (the default); and torch for LoRA on few rows
+            without gradients, as in decoding, where the host is the limit
     triton  Triton, and an error where it cannot run; with TRITON_INTERPRET=1 it runs on CPU tensors too
     torch   plain torch everywhere
 
@@ -159,13 +159,10 @@ def host_is_the_limit(x: Tensor) -> bool:
     """Whether a few rows, without gradients, go through torch's operators: these cost the host less than kernels.
 
     On a CPU there is nothing else. On a GPU a token's products take some microseconds, and the Python of an op with its
-    two launches more than torch's five operators; not while a CUDA graph is captured, which the host does not replay.
+    two launches more than torch's five operators. Also while a CUDA graph is captured, whose replay costs the host
+    nothing: a kernel that the warm-up did not take would be compiled and loaded there, which CUDA forbids.
     """
-    if _product == "own":
-        return False
-    if not use_triton(x):
-        return True
-    return _backend == "auto" and not torch.cuda.is_current_stream_capturing()
+    return _product != "own" and (_backend == "auto" or not use_triton(x))
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -216,6 +216,14 @@ def test_layers_remember_the_batch_that_decodes(model, monkeypatch):
     assert remembered
 
 
+def test_weights_are_those_of_the_time_they_were_bound(model):
+    _, router = manager_with_adapters(model.get_base_model(), cases.generation_config(), cases.batching_config())
+    weights = {"one": 0.5}
+    router.bind("r0", weights, "")
+    weights["one"] = 2.0
+    assert router.binding("r0") == ({"one": 0.5}, "")
+
+
 def test_heads_of_their_own_with_parts_of_one_token(model):
     requests = [(prompt, ("head", None, "one")[i % 3]) for i, prompt in enumerate(cases.prompts(9))]
     answers, _ = run(model, requests, config=cases.batching_config(max_batch_tokens=4))

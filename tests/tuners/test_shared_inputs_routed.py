@@ -322,11 +322,15 @@ def steps(model, count=4, names=tuple(NAMES)):
     return outs
 
 
+def forget(model):
+    for layer in (attention_of(model).q, attention_of(model).k, attention_of(model).v):
+        layer.repeated_batch.forget()
+
+
 def assert_equal_to_fresh(model, **kwargs):
     again = steps(model, **kwargs)
+    forget(model)
     with fastpeft.share_inputs(False):
-        for layer in (attention_of(model).q, attention_of(model).k, attention_of(model).v):
-            layer.repeated_batch.forget()
         fresh = steps(model, **kwargs)
     assert all(map(torch.equal, again, fresh))
 
@@ -343,6 +347,14 @@ def test_a_batch_that_comes_again(ops, monkeypatch):
     assert_equal_to_fresh(model)
 
 
+def of_all(change):
+    return lambda attention: [change(layer) for layer in (attention.q, attention.k, attention.v)]
+
+
+def give(layer, adapter):
+    layer.lora_B[adapter].weight = nn.Parameter(torch.randn_like(layer.lora_B[adapter].weight))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -352,15 +364,42 @@ def test_a_batch_that_comes_again(ops, monkeypatch):
         lambda attention: attention.k.enable_adapters(False),
         lambda attention: attention.k.delete_adapter("first"),
         lambda attention: attention.q.set_scale("first", 0.5),
-        lambda attention: attention.v.base_layer.half().float(),
+        of_all(lambda layer: layer.set_scale("first", 0.5)),
+        of_all(lambda layer: give(layer, "second")),
+        of_all(lambda layer: layer.delete_adapter("first")),
+        lambda attention: [attention.q.set_scale("first", 0.5), give(attention.k, "second")],
     ],
 )
-def test_a_change_of_one_of_them(change):
+def test_a_change_is_seen_at_once(change):
+    """Of one of them or of all: the first that is called must not trust what the others remember."""
     model = made()
     before = steps(model, 5)
     change(attention_of(model))
-    assert not torch.equal(steps(model, 5)[-1], before[-1])
-    assert_equal_to_fresh(model)
+    after = steps(model, 5)
+    assert not any(map(torch.equal, after, before))
+    forget(model)
+    with fastpeft.share_inputs(False):
+        assert all(map(torch.equal, after, steps(model, 5)))
+
+
+def test_another_thread_on_the_same_batch(monkeypatch):
+    """It may compute a layer by itself in the midst of the group."""
+    model = made()
+    wanted = steps(model, 5)[-1]
+    attention, tables = attention_of(model), Routing.tables
+    x = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(4))
+
+    def interrupted(self, *args):
+        found = tables(self, *args)
+        with monkeypatch.context() as patch:
+            patch.setattr(Routing, "tables", tables)
+            with routed(self), fastpeft.share_inputs(False):
+                attention.q(x)
+        return found
+
+    monkeypatch.setattr(Routing, "tables", interrupted)
+    with inferring():
+        assert torch.equal(model(x, adapter_names=NAMES), wanted)
 
 
 def test_one_that_forgot_is_computed_by_itself(ops):

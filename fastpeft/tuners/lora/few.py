@@ -1,8 +1,9 @@
 """A LoRA layer on a few rows, as in decoding and on small batches: bound by Python and by torch's operators.
 
 The same decision as in fastpeft.tuners.lora.fused, in one function for the one case that every token pays for: a plain
-adapter on an nn.Linear, on the torch path. It looks at all that the eligibility rule looks at, and leaves whatever is
-not exactly this case to the others. Gradients are torch's own then, see `are_few`.
+adapter on an nn.Linear, on the torch path, or inferring on a GPU whose backend is not demanded. It looks at all that
+the eligibility rule looks at, and leaves whatever is not exactly this case to the others. Gradients are torch's own
+then, see `are_few`.
 """
 
 from typing import Any

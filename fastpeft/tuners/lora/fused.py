@@ -4,8 +4,9 @@
     added   the base module runs as it is, one op adds the low-rank part onto its output
     plain   the base module, then lora_dropout, lora_A and lora_B as modules
 
-Of few rows on the torch path plain operators take the ops' place: few.py for the first, `add_low_rank` for the second.
-When is in fastpeft.tuners.eligibility: what others hung on a module must run, so a path that goes past it looks first.
+Of few rows on the torch path, and of few that are inferred on a GPU, plain operators take the ops' place: few.py for
+the first, `add_low_rank` for the second. When is in fastpeft.tuners.eligibility: what others hung on a module must run,
+so a path that goes past it looks first.
 """
 
 from collections.abc import Sequence
@@ -142,7 +143,7 @@ def fused_forward(layer: Any, adapters: Sequence[str], x: Tensor) -> Tensor | No
     """Base product and adapters in one op: (..., N) in x's dtype. None where that op is not the right one.
 
     Layers that their parent calls on this x next are computed along with the first of them, and pick up what is theirs;
-    not where decoding on a CPU has nothing to share.
+    not where decoding, bound by the host, has nothing to share.
     """
     group: InputGroup | None = layer.input_group
     shares = group is not None and group.is_on() and not inferring_few(x)

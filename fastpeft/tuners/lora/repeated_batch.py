@@ -96,7 +96,9 @@ class RepeatedBatch:
             is_first_token = x.ndim == 3 and x.shape[1] == 1 and before is not None and before[:2] == seen[:2]
             if not is_first_token:  # after a prompt of the same rows, which will come again
                 return None
-        if not self._looked and (use_triton(x) or (tables.weights is None and x.device.type == "cpu")):
+        if self._looked:  # a sibling may ask before the layer itself is called
+            return self._found_for(layer, routing, x)
+        if use_triton(x) or (tables.weights is None and x.device.type == "cpu"):
             self._looked, new = True, _Found(layer, seen, names, use_triton(x))
             self._found = new if new.find_products(tables) else None
         found = self._found
@@ -157,15 +159,16 @@ class _Found:
     ) -> list[Tensor]:
         """The outputs of layers, this one among them, that go with it: (M, N_i) each, in the memory of their bases."""
         who = list(map(ref, everyone))  # none of whom is to be kept alive by it
-        if self._together is None or self._together[0] != who:
+        together = self._together
+        if together is None or together[0] != who:
             (As, Bs), scales = (
                 zip(*(found._factors() for found in everyone), strict=True),
                 [f._scaling for f in everyone],
             )
-            self._together = who, RepeatedGroup(As, Bs, scales)
+            self._together = together = who, RepeatedGroup(As, Bs, scales)
         tables = routing.tables(x.shape[:-1], self._names, x.device)
         flat = [base.reshape(-1, base.shape[-1]) for base in bases]
-        return self._together[1].add_to_(flat, x.reshape(-1, x.shape[-1]), *tables)
+        return together[1].add_to_(flat, x.reshape(-1, x.shape[-1]), *tables)
 
     def is_for(self, routing: Routing, x: Tensor) -> bool:
         before, fills, shape, dtype = self._seen
