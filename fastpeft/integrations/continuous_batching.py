@@ -261,11 +261,10 @@ class RequestRouter:
             cache_key: requests share cached keys and values if their keys are equal; "" is that of the base model. It
                 must change whenever the weights of the adapter do.
         """
-        own = (
-            dict(adapter) if isinstance(adapter, Mapping) else adapter
-        )  # what the caller does with his is his business
+        if isinstance(adapter, Mapping):
+            adapter = dict(adapter)  # the caller may go on with his
         with self._lock:
-            self._bindings[request_id] = (own, cache_key)
+            self._bindings[request_id] = (adapter, cache_key)
 
     def release(self, request_id: str) -> None:
         """Forget a request that has ended."""

@@ -161,11 +161,8 @@ class _Found:
         who = list(map(ref, everyone))  # none of whom is to be kept alive by it
         together = self._together
         if together is None or together[0] != who:
-            (As, Bs), scales = (
-                zip(*(found._factors() for found in everyone), strict=True),
-                [f._scaling for f in everyone],
-            )
-            self._together = together = who, RepeatedGroup(As, Bs, scales)
+            As, Bs = zip(*(found._factors() for found in everyone), strict=True)
+            self._together = together = who, RepeatedGroup(As, Bs, [found._scaling for found in everyone])
         tables = routing.tables(x.shape[:-1], self._names, x.device)
         flat = [base.reshape(-1, base.shape[-1]) for base in bases]
         return together[1].add_to_(flat, x.reshape(-1, x.shape[-1]), *tables)

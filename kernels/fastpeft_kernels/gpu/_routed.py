@@ -94,9 +94,7 @@ def routed_shrink_planes(
     """
     (P, M), K, R = rows.shape, x.shape[1], bank.largest
     slots = bank.slots // members
-    if (
-        members > 1
-    ):  # each member's part begins at a multiple of 16 bytes: no kernels of their own for parts that do not
+    if members > 1:  # each one's part begins at a multiple of 16 bytes, so that all take the same compiled kernels
         R = triton.cdiv(R, 8) * 8
     t = routed_tile("shrink", M)
     _, splits, k_per_split = split_columns(M, K, t)
