@@ -3,8 +3,8 @@
 The choice is made inside an op, when it runs, so that compiled graphs and backward passes follow it as well.
 `FASTPEFT_BACKEND` sets it for a process, `backend` for a block of code:
 
-    auto    Triton for tensors on a GPU that has it, torch for all others (the default); and torch for LoRA on few rows
-            without gradients, as in decoding, where the host is the limit
+    auto    Triton for tensors on a GPU that has it, torch for all others (the default); torch also for few rows without
+            gradients, as in decoding, where the host is the limit (`inferring_few`)
     triton  Triton, and an error where it cannot run; with TRITON_INTERPRET=1 it runs on CPU tensors too
     torch   plain torch everywhere
 
@@ -136,6 +136,7 @@ def use_triton(x: Tensor, other: Tensor | None = None) -> bool:
 # Of what is few: elements of an op's input and of its output, and rows. Ops of ours are ahead again from some 256 rows
 # of 512 on, or 128 of 1024; of narrow rows from some 512, where the host is no longer what counts.
 MOST_ELEMENTS, MOST_ROWS = 1 << 17, 512
+FEW_ROWS = 16  # of what is inferred: bound by the number of torch's operators, not by what they move
 
 
 def are_few(x: Tensor, columns: int) -> bool:
@@ -155,14 +156,17 @@ def are_few(x: Tensor, columns: int) -> bool:
     return size <= MOST_ELEMENTS and size <= MOST_ROWS * K and size * columns <= MOST_ELEMENTS * K
 
 
-def host_is_the_limit(x: Tensor) -> bool:
-    """Whether a few rows, without gradients, go through torch's operators: these cost the host less than kernels.
+def inferring_few(x: Tensor, dropout_p: float = 0.0) -> bool:
+    """Whether this is decoding, in a few of torch's operators: these cost the host less than ops and kernels of ours.
 
     On a CPU there is nothing else. On a GPU a token's products take some microseconds, and the Python of an op with its
     two launches more than torch's five operators. Also while a CUDA graph is captured, whose replay costs the host
     nothing: a kernel that the warm-up did not take would be compiled and loaded there, which CUDA forbids.
     """
-    return _product != "own" and (_backend == "auto" or not use_triton(x))
+    if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling() or _product == "own":
+        return False
+    few = x.ndim > 0 and x.numel() <= FEW_ROWS * x.shape[-1]
+    return few and (_backend == "auto" or not use_triton(x))
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

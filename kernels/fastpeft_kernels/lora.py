@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fastpeft_kernels import formulas, reference
 from fastpeft_kernels.checks import check_frozen_linear
-from fastpeft_kernels.dispatch import check_torch_product, host_is_the_limit, no_autocast, use_triton
+from fastpeft_kernels.dispatch import check_torch_product, inferring_few, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, dropout_scale, fresh_mask
-from fastpeft_kernels.low_rank import FEW_ROWS
 from fastpeft_kernels.masks import Draw, written
 from fastpeft_kernels.twice import differentiable
 
@@ -98,14 +97,6 @@ def lora_add(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     else:
         result = _run_add(*inputs)[0]
     return result.view(out.shape)
-
-
-def inferring_few(x: Tensor, dropout_p: float = 0.0) -> bool:
-    """Whether this is decoding, in a few of torch's operators: bound by the host, not by what they move."""
-    if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
-        return False
-    few = x.ndim > 0 and x.numel() <= FEW_ROWS * x.shape[-1]
-    return few and host_is_the_limit(x)
 
 
 def autocast_operands(x: Tensor, *others: Any) -> tuple[Any, ...]:

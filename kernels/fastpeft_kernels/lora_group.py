@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastpeft_kernels import formulas, reference
-from fastpeft_kernels.dispatch import current_product, no_autocast, use_triton
+from fastpeft_kernels.dispatch import current_product, inferring_few, no_autocast, use_triton
 from fastpeft_kernels.dropout import check_probability, draw_mask, dropout_scale
-from fastpeft_kernels.lora import autocast_operands, check_linear, inferring_few
+from fastpeft_kernels.lora import autocast_operands, check_linear
 from fastpeft_kernels.twice import differentiable
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels.dispatch import MOST_ELEMENTS
+from fastpeft_kernels.dispatch import FEW_ROWS, MOST_ELEMENTS
 from fastpeft_kernels.masks import MASK_BITS, apply_mask
 from fastpeft_kernels.scratch import scratch
 
@@ -21,7 +21,6 @@ TILE = 1 << 19  # elements: 2 MB once widened to fp32
 TILE_COLUMNS = 1536
 ONEDNN_ROWS = 256  # oneDNN's sums over more rows are noisier than torch.mm's
 
-FEW_ROWS = 16  # decoding: bound by the number of torch's operators, not by what they move
 WIDENED_ROWS = 128  # so few rows are widened whole: three operators, and fp32's own product
 THIN = 16  # MKL and oneDNN give fewer columns than these in one and a half to four times the time of as many rows
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft_kernels.low_rank import FEW_ROWS, expand_, outer, output_pass, row_chunks, shrink
+from fastpeft_kernels.dispatch import FEW_ROWS
+from fastpeft_kernels.low_rank import expand_, outer, output_pass, row_chunks, shrink
 from fastpeft_kernels.masks import apply_mask
 
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from fastpeft_kernels import backend, current_backend, current_product, dispatch, dropout, lora_linear, product
-from fastpeft_kernels.dispatch import use_triton
-from fastpeft_kernels.lora import inferring_few
-from fastpeft_kernels.low_rank import FEW_ROWS
+from fastpeft_kernels.dispatch import FEW_ROWS, inferring_few, use_triton
 
 
 def test_auto_takes_torch_on_a_cpu():

@@ -16,7 +16,7 @@ from fastpeft.tuners.lora import LoraConfig, few, fused
 from fastpeft.tuners.lora.few import forward_of_few
 from fastpeft.tuners.lora.layer import Embedding, Linear
 from fastpeft_kernels import dispatch
-from fastpeft_kernels.low_rank import FEW_ROWS
+from fastpeft_kernels.dispatch import FEW_ROWS
 
 K, N = 37, 23
 

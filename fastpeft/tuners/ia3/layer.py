@@ -15,7 +15,7 @@ from fastpeft.tuners.bases import Base, EmbeddingBase, base_for
 from fastpeft.tuners.eligibility import base_parts, is_ordinary
 from fastpeft.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
 from fastpeft_kernels import scale_columns, scale_linear, scale_routed
-from fastpeft_kernels.dispatch import are_few
+from fastpeft_kernels.dispatch import are_few, inferring_few
 
 
 @dataclass
@@ -286,7 +286,7 @@ class IA3Layer(nn.Module, BaseTunerLayer):
 
 def _scale(x: Tensor, vector: Tensor) -> Tensor:
     """x · vector in x's dtype: by the op; in plain torch what is small, or can only so be transformed or exported."""
-    if is_ordinary(x) and is_ordinary(vector) and not are_few(x, x.shape[-1]):
+    if is_ordinary(x) and is_ordinary(vector) and not (are_few(x, x.shape[-1]) or inferring_few(x)):
         return scale_columns(x, vector)
     return (x * vector.flatten()).to(x.dtype)
 

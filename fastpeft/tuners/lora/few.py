@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft.tuners.eligibility import any_watched, is_ordinary, watched_everywhere
-from fastpeft_kernels.dispatch import are_few
-from fastpeft_kernels.lora import inferring_few
+from fastpeft_kernels.dispatch import are_few, inferring_few
 from fastpeft_kernels.reference import lora_add_of_few, lora_linear_of_few
 
 _PARAMETERS = {nn.Parameter}

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from fastpeft.tuners.eligibility import any_watched, base_parts, is_ordinary, plain_weight, watched, watched_everywhere
 from fastpeft.tuners.shared_inputs import InputGroup, sharing_is_on
 from fastpeft_kernels import LoraOperands, current_product, lora_add, lora_group, lora_linear
-from fastpeft_kernels.dispatch import are_few
-from fastpeft_kernels.lora import inferring_few
+from fastpeft_kernels.dispatch import are_few, inferring_few
 from fastpeft_kernels.reference import lora_add_of_few
 
 _LINEAR, _DROPOUTS, _PARAMETER = {nn.Linear}, {nn.Identity, nn.Dropout}, {nn.Parameter}
