@@ -47,16 +47,17 @@ def lora_routed_group(
     """
     if not members:
         raise ValueError("lora_routed_group needs at least one member, got none")
+    if len(dtypes := {A.dtype for member in members for A in member.As[:1]}) > 1:
+        raise ValueError(f"the adapters of a group must be of one dtype; got {', '.join(sorted(map(str, dtypes)))}")
+    one_by_one = torch.compiler.is_compiling() or torch.is_grad_enabled() or not members[0].As
+    if one_by_one or not use_triton(x, members[0].As[0]):
+        return [lora_routed(base, x, As, Bs, scales, rows, starts, weights) for base, As, Bs, scales in members]
     x = routed_input(x, members[0].As)
     for member in members:
         check_base(member.base, x)
         check_pairs(member.As, member.Bs, x.shape[1], member.base.shape[1])
         check_routing(x, len(member.As), rows, starts, weights)
         check_scales(member.scales, member.As)
-    if len(dtypes := {member.As[0].dtype for member in members}) > 1:
-        raise ValueError(f"the adapters of a group must be of one dtype; got {', '.join(sorted(map(str, dtypes)))}")
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not use_triton(x, members[0].As[0]):
-        return [lora_routed(base, x, As, Bs, scales, rows, starts, weights) for base, As, Bs, scales in members]
     from fastpeft_kernels.gpu import routed as gpu  # triton is imported when first needed
 
     bases, *factors = zip(*members, strict=True)

@@ -156,7 +156,14 @@ def test_few_rows_split_k_as_alone(device):
     assert split_columns(3, 600, routed_tile("shrink", 3))[1] > 1
 
 
-def test_errors(device):
+@pytest.mark.parametrize("path", BACKENDS)
+@torch.no_grad()
+def test_errors(path, device):
+    with backend(path):
+        check_errors(device)
+
+
+def check_errors(device):
     tensors = routing(BATCHES["mixed"], 3, device)
     x, members = make(7, (torch.bfloat16, torch.float32), device)
     first = members[0]

@@ -144,8 +144,7 @@ def test_each_for_itself(path, grad, ops):
     """There is nothing to share on a CPU, and layers with gradients are not computed together."""
     with backend(path), torch.set_grad_enabled(grad):
         made()(x_of(), adapter_names=NAMES)
-    assert set(ops) == {1} or path == "torch"
-    assert 3 not in ops
+    assert ops == [1, 1, 1]
 
 
 def test_only_those_with_the_same_adapters(ops):
@@ -157,7 +156,7 @@ def test_only_those_with_the_same_adapters(ops):
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_adapters_that_ops_do_not_compute(options, ops):
     assert_equal_to_separate(made(**options), x_of())
-    assert 3 not in ops
+    assert set(ops) <= {1}
 
 
 def test_dropout_in_force(ops):
@@ -270,16 +269,16 @@ def test_a_sibling_that_takes_another_input_waits_for_it(forward, k, ops):
     assert ops == [2, 1, 1, 1, 1]
 
 
-def test_a_base_that_somebody_reshapes():
+@pytest.mark.parametrize("name", ["q", "v"])
+def test_a_layer_whose_own_base_is_watched(name, ops):
+    """It keeps the shape that somebody gives its base's output, and computes for nobody else."""
     model, shapes = made(), []
-    layer = attention_of(model).v
+    layer = getattr(attention_of(model), name)
     layer.base_layer.register_forward_hook(lambda module, args, out: out.flatten(0, 1))
-    layer.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
-    with inferring(), contextlib.suppress(RuntimeError):  # of the attention, which cannot add it to the others
-        model(x_of(), adapter_names=NAMES)
-    with inferring(), contextlib.suppress(RuntimeError), fastpeft.share_inputs(False):
-        model(x_of(), adapter_names=NAMES)
+    layer.register_forward_hook(lambda module, args, out: shapes.append(out.shape) or out.view(5, 2, -1))
+    assert_equal_to_separate(model, x_of())
     assert shapes == [(10, 16)] * 2
+    assert sorted(ops) == [1, 1, 1, 1, 2]
 
 
 def test_where_there_is_nothing_to_compute():

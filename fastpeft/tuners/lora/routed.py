@@ -66,13 +66,11 @@ def routed_forward(layer: Any, routing: Routing, x: Tensor, *args: Any, **kwargs
         return base  # type: ignore[no-any-return]
     if (plain := _plain_adapters(layer, names, x, base)) is not None:
         is_fresh = _is_fresh(layer)
-        if plain_call and not any(plain.ps):
-            together = None
-            if group is not None:
-                together = group.compute(routing, names, tables, x, base, plain, is_fresh)
+        if is_fresh and plain_call and not any(plain.ps):
+            together = None if group is None else group.compute(routing, names, tables, x, base, plain)
             if together is not None:
                 return together
-            if is_fresh and (found := layer.repeated_batch.remember(layer, routing, names, tables, x)) is not None:
+            if (found := layer.repeated_batch.remember(layer, routing, names, tables, x)) is not None:
                 return found.add_to(base, routing, x)  # type: ignore[no-any-return]
         return _add_together(layer, _Adapters(names, *plain, are_sums=True), tables, base, x, is_fresh)
     readable = _adapters_for_ops(layer, names, x, base)

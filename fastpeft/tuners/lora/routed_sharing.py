@@ -17,7 +17,7 @@ from fastpeft.tuners.lora.fused import PlainFactors, plain_factors
 from fastpeft.tuners.shared_inputs import InputGroup
 from fastpeft.utils.saved_tensors import is_dispatch_watched
 from fastpeft_kernels import RoutedOperands, lora_routed_group
-from fastpeft_kernels.dispatch import interpreting, use_triton
+from fastpeft_kernels.dispatch import current_backend, interpreting, use_triton
 from fastpeft_kernels.tiles import FEW_ROUTED_ROWS
 
 
@@ -48,13 +48,12 @@ class RoutedGroup:
         x: Tensor,
         base: Tensor,
         own: PlainFactors,
-        is_fresh: bool,
     ) -> Tensor | None:
         """The layer's output, with those of the siblings kept for their calls; None where it has none to share with.
 
         Args:
             names: of the layer's adapters that occur in the batch; none has dropout in force.
-            base: the base layer's output; `is_fresh`: nobody else holds it.
+            base: the base layer's output, which nobody else holds.
             own: the factors of these adapters.
         """
         layers, bases, factors = self.layers(x), {self._name: base}, {self._name: own}
@@ -64,12 +63,9 @@ class RoutedGroup:
                 bases[name], factors[name] = layer.base_layer(x), theirs
         if len(factors) == 1:
             return None
-        found = [None]
-        if is_fresh:
-            found = [layers[name].repeated_batch.remember(layers[name], routing, names, tables, x) for name in factors]
-        first = found[0]
-        if first is not None and None not in found:
-            outs = first.add_together(found, list(bases.values()), routing, x)
+        found = [layers[name].repeated_batch.remember(layers[name], routing, names, tables, x) for name in factors]
+        if None not in found:
+            outs = found[0].add_together(found, list(bases.values()), routing, x)
         else:
             members = [
                 RoutedOperands(_rows(bases[name]), As, Bs, [layers[name].scaling[adapter] for adapter in names])
@@ -84,7 +80,8 @@ def group_for_kernels(layer: Any, x: Tensor) -> RoutedGroup | None:
     group: InputGroup | None = layer.input_group
     if group is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if not (x.is_cuda or interpreting()) or x.dtype == torch.float64:
+    on_kernels = x.is_cuda or (current_backend() == "triton" and interpreting())
+    if not on_kernels or x.dtype == torch.float64:
         return None  # or, where a backend is demanded by name, an error of the op, if there is anything to compute
     few = x.numel() < FEW_ROUTED_ROWS * x.shape[-1] if x.ndim else False
     if not (few and is_ordinary(x) and use_triton(x) and group.is_on()) or is_dispatch_watched():
